@@ -1,0 +1,281 @@
+"""Ask a frozen chat model a question with [BE] in the prompt's place; or chat with it.
+
+    input   <sys> [BE] </sys> <user> q </user> <assistant>        [AE] is a tool of training and is not used here        (paper, inference)
+
+    python infer.py --query "How do I cook rice?"                  # out/be.pt
+    python infer.py --query "How do I cook rice?" --compare        # full prompt, [BE] and no prompt, side by side, with speed
+    python infer.py                                                # a chat; /reset forgets it, ctrl-D ends it
+    python infer.py --be out/be.pt --temperature 0.7 --seed 1 --max-new-tokens 200
+
+Reads   out/be.pt: the vector, the layout it was trained in, the model it belongs to, and the prompt it stands for (only --compare reads that).
+"""
+import argparse
+import hashlib
+import importlib.util
+import sys
+import time
+from pathlib import Path
+
+import jinja2
+import torch
+import transformers
+
+
+def settings():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--query",          default=None,        help="one question; without it, a chat")
+    add("--be",             default="out/be.pt", help="the artifact of stage 1 or 2")
+    add("--model",          default="",          help="hub name or folder; default: the one that the artifact names")
+    add("--compare",        action="store_true", help="answer with the full prompt, [BE] and no prompt; needs --query")
+    add("--max-new-tokens", type=int,   default=128, help="an answer is cut here")
+    add("--temperature",    type=float, default=0.0, help="0 is greedy")
+    add("--seed",           type=int,   default=0,   help="of the sampling")
+    add("--device",         default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: CUDA, then MPS, then CPU")
+    add("--dtype",          default="auto", choices=["auto", "bf16", "fp32"],       help="of the frozen weights")
+    return p.parse_args()
+
+
+# --- shared: fail --------------------------------------------------------
+def fail(message):
+    """A user's mistake: one line on stderr that says what was expected, what came and what to do; exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(2)
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: device ------------------------------------------------------
+def pick_device(device, dtype):
+    """Where and how to run -> (torch.device, dtype of the frozen weights, attention implementation); prints the reason."""
+    mps = torch.backends.mps.is_available()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if (device == "cuda" and not torch.cuda.is_available()) or (device == "mps" and not mps):
+        fail(f"--device {device}: this PyTorch sees no {device} device; use --device auto or cpu")
+    if device == "cuda":        # bf16 weights too: autocast would cast frozen fp32 weights anew in every step
+        fast, why = torch.bfloat16, "autocast"
+        attention = "flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa"
+    elif device == "mps":
+        fast, why, attention = torch.float32, "the safe choice on MPS", "sdpa"
+    else:                       # AMX or AVX512-BF16: bf16 is twice as fast as fp32 (bench in results/); other CPUs emulate it, slower than fp32
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        fast, why = (torch.bfloat16, "this CPU multiplies bf16 natively") if native else (torch.float32, "this CPU has no native bf16")
+        attention = "eager"     # SDPA's CPU backward is the slower one at chat lengths
+    dtype = {"auto": fast, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads" if device == "cpu" else "Apple GPU"
+    print(f"device: {device} ({name}), weights {str(dtype)[6:]} ({why if dtype == fast else 'as asked'}), attention {attention}")
+    return torch.device(device), dtype, attention
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: load_frozen -------------------------------------------------
+def load_frozen(name, device, dtype, attention):
+    """The frozen chat model and its tokenizer. name: hub name or folder. Exits with one line if there is no such model or it is no chat model."""
+    if name == "models/smollm2-135m" and not Path(name, "config.json").exists():
+        fail(f"the default model is not at {name} yet; fetch it once with: python models/prepare.py")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
+    except (OSError, ValueError) as e:
+        fail(f"--model {name}: expected a hub name or a folder with a Llama or Qwen chat model; transformers says: {str(e).strip().splitlines()[0]}")
+    if not tokenizer.chat_template:
+        fail(f"--model {name}: its tokenizer has no chat template, so it is a base model; use the -Instruct or -Chat one")
+    model.requires_grad_(False)         # frozen: no row is added, no head untied, no weight moved
+    return model.eval().to(device), tokenizer
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: hook --------------------------------------------------------
+def embed(model, ids, learned):
+    """The hook: token ids to input embeddings, with learned vectors in the slots.
+
+    ids (B, T) int64: id >= 0 is a token, looked up in the frozen table; -1 - i is a slot for row i of `learned`.
+    learned (n, d) fp32, the master: cast to the model's dtype here, so that a small step of the optimizer is not rounded away (bf16 spacing at 0.5 is 0.004).
+    -> (B, T, d) in the model's dtype. The gradient reaches `learned` and nothing else.
+    """
+    embeds = model.get_input_embeddings()(ids.clamp(min=0))                                         # (B, T, d) frozen
+    rows = torch.nn.functional.embedding((-1 - ids).clamp(min=0), learned.to(embeds.dtype))         # (B, T, d) learned
+    return torch.where((ids < 0)[..., None], rows, embeds)
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: load_artifact ----------------------------------------------
+def fingerprint(model):
+    """sha256 over the names, shapes and bf16 bits of all weights: the same for a model opened in bf16 or in fp32."""
+    h = hashlib.sha256()
+    for name, w in model.named_parameters():
+        h.update(f"{name} {tuple(w.shape)}".encode())
+        h.update(w.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
+    return h.hexdigest()
+
+
+def load_artifact(path, kind, model_print, d, maker, strict=True):
+    """The artifact at `path`, checked: its kind ("ae" or "be"), model and size. Exits with one line, naming `maker`, the command that makes
+    the right one; strict=False returns None for another model's artifact; model_print None takes any model's."""
+    try:
+        a = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"{path}: not there; make it with: {maker}")
+    except Exception as e:      # torch.load raises many types on a damaged file; each means the same here
+        fail(f"{path}: not a readable artifact ({type(e).__name__}: truncated, or another kind of file); make it again with: {maker}")
+    if not isinstance(a, dict) or a.get("kind") != kind:
+        fail(f"{path}: expected an artifact of kind '{kind}', found {a.get('kind', 'none') if isinstance(a, dict) else type(a).__name__!r}; make one with: {maker}")
+    if missing := {"vector", "model", "layout"} - set(a):
+        fail(f"{path}: an artifact without its {', '.join(sorted(missing))}; make it again with: {maker}")
+    v, m = a["vector"], a["model"]
+    if model_print and m.get("fingerprint") != model_print:
+        if not strict:
+            return None
+        fail(f"{path}: its vector belongs to another model ({m.get('name')}, d = {m.get('d')}), not to this one (d = {d}); make one with: {maker}")
+    if not torch.is_tensor(v) or v.dim() != 2 or v.shape[1] != m.get("d") or not v.isfinite().all():
+        fail(f"{path}: expected a finite vector of shape (k, {m.get('d')}), found {tuple(v.shape) if torch.is_tensor(v) else type(v).__name__}; make one with: {maker}")
+    return a
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: chat_ids ----------------------------------------------------
+def text_ids(tokenizer, text):
+    """Token ids of plain text: no BOS, and the name of a special token inside it is text, not the token."""
+    return tokenizer(text.strip(), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def chat_ids(tokenizer, messages, generate=True):
+    """Token ids of a dialogue in the model's own chat template; generate=True ends where the assistant begins to speak.
+
+    messages: [{"role": ..., "content": text, or a list of ids such as the slot [-1]}]. The template is rendered with a mark in place of each content and cut
+    at the marks, so its words tokenise as they would alone, a BOS stands where the template puts one and nowhere else, and no content leaves its place.
+    """
+    marks = [chr(0xE000 + i) for i in range(len(messages))]                  # private-use characters: no template has them
+    turns = [{"role": m["role"], "content": mark} for m, mark in zip(messages, marks)]
+    try:                                                                      # Llama 3 templates print today's date unless they are given one
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, date_string="26 Jul 2024")
+    except jinja2.TemplateError as e:
+        fail(f"this model's chat template refuses the roles {[m['role'] for m in messages]}: {e}; use a model with a system role")
+    ids = []
+    for m, mark in zip(messages, marks):
+        if text.count(mark) != 1:
+            fail(f"this model's chat template does not put the {m['role']} message in one place; use a Llama or Qwen chat model")
+        before, text = text.split(mark)
+        ids += tokenizer(before, add_special_tokens=False)["input_ids"]
+        ids += text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]
+    return ids + tokenizer(text, add_special_tokens=False)["input_ids"]
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: layout ------------------------------------------------------
+def layout_ids(tokenizer, layout, slot, turns):
+    """What is fed to the model in place of the prompt -> token ids, ready for the assistant to speak.
+
+    slot: the ids [-1, -2, ...] of the learned vectors, or [] for none. turns: messages from the first user message on.
+    chat:   the system MESSAGE is the slot, the template's words stay around it       <sys> [BE] </sys> <user> q </user> <assistant>
+    block:  the system BLOCK, headers and all, is the slot (the paper's [BE], q)      [BE] <user> q </user> <assistant>
+    """
+    ids = chat_ids(tokenizer, [{"role": "system", "content": slot}] + turns)
+    if layout == "chat":
+        return ids
+    block = chat_ids(tokenizer, [{"role": "system", "content": slot}], generate=False)
+    if ids[:len(block)] != block:
+        fail("--layout block: this model's chat template has no system block of its own; use --layout chat")
+    bos = block[:1] if block[0] == tokenizer.bos_token_id and ids.count(block[0]) == 1 else []       # ChatML opens every turn with its "BOS": that one is a header
+    return bos + slot + ids[len(block):]
+# --- end shared ----------------------------------------------------------
+
+
+@torch.no_grad()
+def answer(model, ids, learned, stop, limit, temperature, rng):
+    """Yield the answer to ids, a list with slots (rows of learned (n, d)), token by token; the stop token is not yielded."""
+    out = model(inputs_embeds=embed(model, torch.tensor([ids], device=model.device), learned), use_cache=True, logits_to_keep=1)
+    for _ in range(limit):
+        logits = out.logits[0, -1].float()                                                          # (V,)
+        token = logits.argmax() if temperature == 0 else torch.multinomial(torch.softmax(logits / temperature, -1).cpu(), 1, generator=rng)[0]
+        if token.item() in stop:
+            return
+        yield token.item()
+        out = model(input_ids=token.to(model.device).view(1, 1), past_key_values=out.past_key_values, use_cache=True)
+
+
+def stream(tokenizer, tokens):
+    """Print tokens as they come, in whole characters -> (text, how many, seconds to the first, seconds in all)."""
+    started, first, said, shown = time.perf_counter(), None, [], ""
+    for token in tokens:
+        first = first or time.perf_counter() - started
+        said.append(token)
+        text = tokenizer.decode(said, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):                                                             # a character may take more than one token
+            print(text[len(shown):], end="", flush=True)
+            shown = text
+    text, total = tokenizer.decode(said, skip_special_tokens=True), time.perf_counter() - started
+    print(text[len(shown):])
+    return text.strip(), len(said), first or total, total
+
+
+def main():
+    args = settings()
+    if args.compare and args.query is None:
+        fail("--compare needs --query \"...\"")
+    if args.query is not None and not args.query.strip():
+        fail("--query is empty; expected a question")
+    if args.max_new_tokens < 1 or args.temperature < 0:
+        fail(f"expected --max-new-tokens of at least 1 and --temperature of at least 0, found {args.max_new_tokens} and {args.temperature}")
+    maker = "python stage1_recon.py --prompt prompts/pirate.txt, then python stage2_kd.py --prompt prompts/pirate.txt"
+    be = load_artifact(args.be, "be", None, None, maker)
+    device, dtype, attention = pick_device(args.device, args.dtype)
+    model, tokenizer = load_frozen(args.model or be["model"]["name"], device, dtype, attention)
+    load_artifact(args.be, "be", fingerprint(model), model.get_input_embeddings().weight.shape[1], maker)      # now that the model is known
+    vector, layout, prompt = be["vector"].to(device), be["layout"], be["prompt"]
+    slot = [-1 - i for i in range(len(vector))]
+    ends = model.generation_config.eos_token_id
+    stop = set(ends if isinstance(ends, list) else [ends if ends is not None else tokenizer.eos_token_id])
+    rng = torch.Generator().manual_seed(args.seed)
+    room = model.config.max_position_embeddings - args.max_new_tokens
+
+    def fed(ids):
+        """The layout that is really fed, with the slot shown as it is."""
+        text = "".join(tokenizer.decode([i]) if i >= 0 else f"[BE{'' if len(slot) == 1 else -i}]" for i in ids)
+        return f"{text!r}\n[BE] stands for {prompt['tokens']} tokens; {len(ids)} tokens are in context"
+
+    def check(ids):
+        if len(ids) > room:
+            fail(f"expected at most {room} tokens of context (the model's {room + args.max_new_tokens} less --max-new-tokens), found {len(ids)}; shorten the question")
+        return ids
+
+    if args.query is not None:
+        turns = [{"role": "user", "content": args.query}]
+        ids = check(layout_ids(tokenizer, layout, slot, turns))
+        print(fed(ids) + "\n")
+        columns = {"[BE]": ids}
+        if args.compare:
+            columns = {"full prompt": check(chat_ids(tokenizer, prompt["messages"] + turns)), "[BE]": ids, "no prompt": layout_ids(tokenizer, "block", [], turns)}
+            for row in columns.values():                                                            # the first pass of a shape is slow; it is not what is compared
+                list(answer(model, row, vector, stop, 2, 0, rng))
+        for name, row in columns.items():
+            if args.compare:
+                print(f"--- {name}")
+            _, n, first, total = stream(tokenizer, answer(model, row, vector, stop, args.max_new_tokens, args.temperature, rng.manual_seed(args.seed)))
+            speed = f"{(n - 1) / (total - first):.1f} tokens a second" if n > 1 else "one token"
+            print(f"    [{len(row)} tokens fed, {n} answered; first after {1000 * first:.0f} ms, then {speed}]\n")
+        return
+
+    turns = []
+    print(f"{be['model']['name']} with [BE] for {prompt['tokens']} tokens of prompt. /reset forgets the chat, ctrl-D ends it.")
+    while True:
+        try:
+            query = input("\nyou> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if query == "/reset":
+            turns = []
+            print("(forgotten)")
+        elif query:
+            ids = layout_ids(tokenizer, layout, slot, turns + [{"role": "user", "content": query}])
+            if len(ids) > room:
+                print(f"(the chat has {len(ids)} tokens, more than the {room} that fit; /reset to start anew)")
+                continue
+            text, *_ = stream(tokenizer, answer(model, ids, vector, stop, args.max_new_tokens, args.temperature, rng))
+            turns += [{"role": "user", "content": query}, {"role": "assistant", "content": text}]
+            print(f"    [[BE] stands for {prompt['tokens']} tokens; {len(ids)} tokens were in context]")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,389 @@
+"""Stage 0: learn [AE], one input embedding that makes a frozen chat model repeat the text that stands before it.
+
+    input   x_1 ... x_n [AE] x_1 ... x_n        loss   L_AE = mean_i -log P(x_i | x_1..n, [AE], x_<i)   over the copy and its end token   (paper, stage 0)
+
+Only the d numbers of [AE] are trained. It is universal: one [AE] a model, made once, used by stage 1 for every prompt.
+
+    python data/ae_corpus/prepare.py --offline                                   # some text (without --offline: the paper's 1 GB mix, from the hub)
+    python stage0_ae.py                                                          # the default model  -> out/ae.pt
+    python stage0_ae.py --resume                                                 # go on where a killed run stopped
+    python stage0_ae.py --model meta-llama/Llama-3.2-1B-Instruct --batch 16      # on a GPU
+
+Reads   jsonl files with a "text" in each line.
+Writes  out/ae.pt and out/ae.png, the loss curve.
+Expect  the default model on a 2-core laptop: EXPECT_LAPTOP. The trained vector is in artifacts/, so stage 1 does not need this run.
+"""
+import argparse
+import glob
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import random
+import sys
+from pathlib import Path
+
+import jinja2
+import torch
+import transformers
+from tqdm import tqdm
+
+VERSION = "0.1"
+
+
+def settings():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--model",       default="models/smollm2-135m", help="hub name or local folder of a Llama or Qwen chat model")
+    add("--data",        default=["data/ae_corpus/*.jsonl"], nargs="+", help="jsonl files or globs, a \"text\" in each line")
+    add("--out",         default="out/ae.pt",                                    help="the artifact")
+    add("--resume",      action="store_true",                                    help="go on from --out")
+    add("--steps",       type=int,   default=1000,   help="optimizer steps")
+    add("--batch",       type=int,   default=4,      help="texts a forward pass, of like length")
+    add("--accumulate",  type=int,   default=2,      help="forward passes a step")
+    add("--lr",          type=float, default=1e-2,   help="peak; AdamW, linear warm-up over 20 steps, then a cosine to zero. Tried: 3e-3 to 1e-1")
+    add("--min-tokens",  type=int,   default=64,     help="shorter texts are left out")
+    add("--max-tokens",  type=int,   default=1024,   help="longer texts are cut here")
+    add("--held-out",    type=int,   default=16,     help="texts kept from training, for each of the four lengths in the report")
+    add("--eval-every",  type=int,   default=50,     help="steps between two looks at the held-out texts; the artifact is saved then")
+    add("--seed",        type=int,   default=0,      help="of the start vector and of the order of texts")
+    add("--device",      default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: CUDA, then MPS, then CPU")
+    add("--dtype",       default="auto", choices=["auto", "bf16", "fp32"],       help="of the frozen weights; [AE] itself is always fp32")
+    return p.parse_args()
+
+
+# --- shared: fail --------------------------------------------------------
+def fail(message):
+    """A user's mistake: one line on stderr that says what was expected, what came and what to do; exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(2)
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: device ------------------------------------------------------
+def pick_device(device, dtype):
+    """Where and how to run -> (torch.device, dtype of the frozen weights, attention implementation); prints the reason."""
+    mps = torch.backends.mps.is_available()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if (device == "cuda" and not torch.cuda.is_available()) or (device == "mps" and not mps):
+        fail(f"--device {device}: this PyTorch sees no {device} device; use --device auto or cpu")
+    if device == "cuda":        # bf16 weights too: autocast would cast frozen fp32 weights anew in every step
+        fast, why = torch.bfloat16, "autocast"
+        attention = "flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa"
+    elif device == "mps":
+        fast, why, attention = torch.float32, "the safe choice on MPS", "sdpa"
+    else:                       # AMX or AVX512-BF16: bf16 is twice as fast as fp32 (bench in results/); other CPUs emulate it, slower than fp32
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        fast, why = (torch.bfloat16, "this CPU multiplies bf16 natively") if native else (torch.float32, "this CPU has no native bf16")
+        attention = "eager"     # SDPA's CPU backward is the slower one at chat lengths
+    dtype = {"auto": fast, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads" if device == "cpu" else "Apple GPU"
+    print(f"device: {device} ({name}), weights {str(dtype)[6:]} ({why if dtype == fast else 'as asked'}), attention {attention}")
+    return torch.device(device), dtype, attention
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: load_frozen -------------------------------------------------
+def load_frozen(name, device, dtype, attention):
+    """The frozen chat model and its tokenizer. name: hub name or folder. Exits with one line if there is no such model or it is no chat model."""
+    if name == "models/smollm2-135m" and not Path(name, "config.json").exists():
+        fail(f"the default model is not at {name} yet; fetch it once with: python models/prepare.py")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
+    except (OSError, ValueError) as e:
+        fail(f"--model {name}: expected a hub name or a folder with a Llama or Qwen chat model; transformers says: {str(e).strip().splitlines()[0]}")
+    if not tokenizer.chat_template:
+        fail(f"--model {name}: its tokenizer has no chat template, so it is a base model; use the -Instruct or -Chat one")
+    model.requires_grad_(False)         # frozen: no row is added, no head untied, no weight moved
+    return model.eval().to(device), tokenizer
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: hook --------------------------------------------------------
+def embed(model, ids, learned):
+    """The hook: token ids to input embeddings, with learned vectors in the slots.
+
+    ids (B, T) int64: id >= 0 is a token, looked up in the frozen table; -1 - i is a slot for row i of `learned`.
+    learned (n, d) fp32, the master: cast to the model's dtype here, so that a small step of the optimizer is not rounded away (bf16 spacing at 0.5 is 0.004).
+    -> (B, T, d) in the model's dtype. The gradient reaches `learned` and nothing else.
+    """
+    embeds = model.get_input_embeddings()(ids.clamp(min=0))                                         # (B, T, d) frozen
+    rows = torch.nn.functional.embedding((-1 - ids).clamp(min=0), learned.to(embeds.dtype))         # (B, T, d) learned
+    return torch.where((ids < 0)[..., None], rows, embeds)
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: token_loss --------------------------------------------------
+class TokenLoss(torch.autograd.Function):
+    """Sum over tokens of tau^2 KL(target || softmax(h W^T / tau)), in chunks: no (T, V) tensor outlives its chunk.
+
+    The head is frozen, so the gradient with respect to h is all that the backward pass needs: (T, d) numbers, made in the forward pass while the chunk's
+    logits are still there. d/dh of tau^2 KL is tau (softmax(z/tau) - target) W.
+    """
+    @staticmethod
+    def forward(ctx, hidden, weight, target, tau, chunk):
+        total, grad = hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
+        for i in range(0, len(hidden), chunk):
+            logp = torch.log_softmax((hidden[i:i + chunk] @ weight.T).float() / tau, -1)            # (c, V)
+            t = target[i:i + chunk]
+            if t.dtype == torch.int64:                                      # a token id: its one-hot distribution, KL is the negative log-likelihood
+                total += -logp.gather(1, t[:, None]).sum()
+                delta = logp.exp_().scatter_add_(1, t[:, None], -torch.ones_like(t[:, None], dtype=logp.dtype))
+            else:                                                           # the teacher's last hidden state: its logits are one product away
+                logq = torch.log_softmax((t @ weight.T).float() / tau, -1)
+                q = logq.exp()
+                total += tau ** 2 * (q * (logq - logp)).sum()
+                delta = logp.exp_().sub_(q).mul_(tau)
+            grad[i:i + chunk] = delta.to(weight.dtype) @ weight
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        return ctx.saved_tensors[0] * grad_total, None, None, None, None
+
+
+def token_loss(hidden, weight, target, tau=1.0, chunk=128):
+    """Mean loss a token. hidden (T, d); weight (V, d), the head; target (T,) token ids, or (T, d) teacher hidden states -> scalar, in nats."""
+    return TokenLoss.apply(hidden, weight, target, tau, chunk) / len(hidden)
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: load_artifact ----------------------------------------------
+def fingerprint(model):
+    """sha256 over the names, shapes and bf16 bits of all weights: the same for a model opened in bf16 or in fp32."""
+    h = hashlib.sha256()
+    for name, w in model.named_parameters():
+        h.update(f"{name} {tuple(w.shape)}".encode())
+        h.update(w.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
+    return h.hexdigest()
+
+
+def load_artifact(path, kind, model_print, d, maker, strict=True):
+    """The artifact at `path`, checked: its kind ("ae" or "be"), model and size. Exits with one line, naming `maker`, the command that makes
+    the right one; strict=False returns None for another model's artifact; model_print None takes any model's."""
+    try:
+        a = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"{path}: not there; make it with: {maker}")
+    except Exception as e:      # torch.load raises many types on a damaged file; each means the same here
+        fail(f"{path}: not a readable artifact ({type(e).__name__}: truncated, or another kind of file); make it again with: {maker}")
+    if not isinstance(a, dict) or a.get("kind") != kind:
+        fail(f"{path}: expected an artifact of kind '{kind}', found {a.get('kind', 'none') if isinstance(a, dict) else type(a).__name__!r}; make one with: {maker}")
+    if missing := {"vector", "model", "layout"} - set(a):
+        fail(f"{path}: an artifact without its {', '.join(sorted(missing))}; make it again with: {maker}")
+    v, m = a["vector"], a["model"]
+    if model_print and m.get("fingerprint") != model_print:
+        if not strict:
+            return None
+        fail(f"{path}: its vector belongs to another model ({m.get('name')}, d = {m.get('d')}), not to this one (d = {d}); make one with: {maker}")
+    if not torch.is_tensor(v) or v.dim() != 2 or v.shape[1] != m.get("d") or not v.isfinite().all():
+        fail(f"{path}: expected a finite vector of shape (k, {m.get('d')}), found {tuple(v.shape) if torch.is_tensor(v) else type(v).__name__}; make one with: {maker}")
+    return a
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: save_artifact ----------------------------------------------
+def save_artifact(path, artifact):
+    """Written beside its place and renamed: a killed run leaves the old file whole."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.tmp", "wb") as f:
+        torch.save(artifact, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.tmp", path)
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: chat_ids ----------------------------------------------------
+def text_ids(tokenizer, text):
+    """Token ids of plain text: no BOS, and the name of a special token inside it is text, not the token."""
+    return tokenizer(text.strip(), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def chat_ids(tokenizer, messages, generate=True):
+    """Token ids of a dialogue in the model's own chat template; generate=True ends where the assistant begins to speak.
+
+    messages: [{"role": ..., "content": text, or a list of ids such as the slot [-1]}]. The template is rendered with a mark in place of each content and cut
+    at the marks, so its words tokenise as they would alone, a BOS stands where the template puts one and nowhere else, and no content leaves its place.
+    """
+    marks = [chr(0xE000 + i) for i in range(len(messages))]                  # private-use characters: no template has them
+    turns = [{"role": m["role"], "content": mark} for m, mark in zip(messages, marks)]
+    try:                                                                      # Llama 3 templates print today's date unless they are given one
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, date_string="26 Jul 2024")
+    except jinja2.TemplateError as e:
+        fail(f"this model's chat template refuses the roles {[m['role'] for m in messages]}: {e}; use a model with a system role")
+    ids = []
+    for m, mark in zip(messages, marks):
+        if text.count(mark) != 1:
+            fail(f"this model's chat template does not put the {m['role']} message in one place; use a Llama or Qwen chat model")
+        before, text = text.split(mark)
+        ids += tokenizer(before, add_special_tokens=False)["input_ids"]
+        ids += text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]
+    return ids + tokenizer(text, add_special_tokens=False)["input_ids"]
+# --- end shared ----------------------------------------------------------
+
+
+def read_texts(patterns, tokenizer, shortest, longest):
+    """All texts of the jsonl files, as lists of token ids of shortest to longest tokens."""
+    files = sorted({f for pattern in patterns for f in glob.glob(pattern)})
+    if not files:
+        fail(f"--data {' '.join(patterns)}: no such file; make some with: python data/ae_corpus/prepare.py --offline")
+    texts = []
+    for file in files:
+        for n, line in enumerate(open(file, encoding="utf-8"), 1):
+            try:
+                texts.append(text_ids(tokenizer, json.loads(line)["text"][:longest * 12])[:longest])      # no token is longer than 12 characters on average
+            except (ValueError, KeyError, TypeError):
+                fail(f'{file}, line {n}: expected a json object with a "text", found {line[:60]!r}')
+    return [t for t in texts if len(t) >= shortest]
+
+
+def copy_hidden(model, ids, ae, start):
+    """The last hidden states that predict the copy and its end token. ids (B, n); ae (1, d), or None for no trigger; start: the ids that open the sequence -> (B, n + 1, d).
+
+    The first x_1 ... x_n does not depend on [AE]: it runs without a graph and leaves its keys and values, so that the backward pass covers the copy only.
+    """
+    body = model.get_decoder()
+    with torch.no_grad():
+        first = body(input_ids=torch.cat([ids.new_tensor(start).expand(len(ids), -1), ids], 1), use_cache=True)                 # (B, s + n, d)
+    if ae is None:
+        copy = body(input_ids=ids, past_key_values=first.past_key_values, use_cache=True).last_hidden_state                     # (B, n, d)
+        return torch.cat([first.last_hidden_state[:, -1:], copy], 1)
+    slot_and_copy = torch.cat([torch.full_like(ids[:, :1], -1), ids], 1)                                                        # (B, 1 + n): [AE] x_1 ... x_n
+    return body(inputs_embeds=embed(model, slot_and_copy, ae), past_key_values=first.past_key_values, use_cache=True).last_hidden_state
+
+
+@torch.no_grad()
+def copy_scores(model, ids, ae, start, end, greedy):
+    """How well ids (B, n) come back -> (mean loss in nats, share of right tokens with the true past given, share given back by greedy decoding or None)."""
+    body, weight = model.get_decoder(), model.get_output_embeddings().weight
+    hidden = torch.cat([copy_hidden(model, row[None], ae, start) for row in ids])                                               # one text at a time: little memory
+    target = torch.cat([ids, torch.full_like(ids[:, :1], end)], 1)                                                              # (B, n + 1)
+    loss = token_loss(hidden.flatten(0, 1), weight, target.flatten()).item()
+    right = torch.cat([(h @ weight.T).argmax(-1) == t for h, t in zip(hidden, target)]).float().mean().item()
+    if not greedy:
+        return loss, right, None
+    out = body(input_ids=torch.cat([ids.new_tensor(start).expand(len(ids), -1), ids], 1), use_cache=True)
+    if ae is not None:
+        out = body(inputs_embeds=embed(model, torch.full_like(ids[:, :1], -1), ae), past_key_values=out.past_key_values, use_cache=True)
+    said = []
+    for _ in range(ids.shape[1]):
+        said.append((out.last_hidden_state[:, -1] @ weight.T).argmax(-1, keepdim=True))                                         # (B, 1)
+        out = body(input_ids=said[-1], past_key_values=out.past_key_values, use_cache=True)
+    return loss, right, (torch.cat(said, 1) == ids).float().mean().item()                                                       # position by position: a lost or doubled token costs all that follows
+
+
+# --- shared: plot --------------------------------------------------------
+def plot(path, history, title):
+    """The loss curves as a PNG beside the artifact. history: list of {"step": ..., name: value}; values of one name make one line."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    fig, ax = pyplot.subplots(figsize=(7, 4))
+    for name in dict.fromkeys(k for row in history for k in row if k != "step"):
+        ax.plot(*zip(*[(row["step"], row[name]) for row in history if name in row]), label=name)
+    ax.set(xlabel="step", ylabel="nats a token", title=title)
+    ax.legend()
+    fig.savefig(path, dpi=100, bbox_inches="tight")
+    pyplot.close(fig)
+# --- end shared ----------------------------------------------------------
+
+
+def main():
+    args = settings()
+    device, dtype, attention = pick_device(args.device, args.dtype)
+    model, tokenizer = load_frozen(args.model, device, dtype, attention)
+    weight = model.get_output_embeddings().weight                                                   # (V, d), tied to the input table or not
+    before, d, end = fingerprint(model), weight.shape[1], tokenizer.eos_token_id
+    # X stands where a system message would, as [BE] will: the ids that open the template come first. At position 0 it would sit on the attention sink.
+    start = chat_ids(tokenizer, [{"role": "system", "content": [-1]}], generate=False)
+    start = start[:start.index(-1)]
+
+    # the texts: for each length of the report, some are kept from training
+    texts = read_texts(args.data, tokenizer, args.min_tokens, args.max_tokens)
+    random.Random(args.seed).shuffle(texts)
+    held = {n: [i for i, t in enumerate(texts) if len(t) >= n][:args.held_out] for n in (64, 128, 256, 512)}
+    train = [t for i, t in enumerate(texts) if i not in set(sum(held.values(), []))]
+    held = {n: torch.tensor([texts[i][:n] for i in rows], device=device) for n, rows in held.items() if rows}
+    if len(train) < args.batch:
+        fail(f"--data: {len(train)} texts of {args.min_tokens} tokens or more are left to train on; expected at least --batch = {args.batch}")
+    print(f"texts: {len(train)} to train on, {sum(map(len, train)) / len(train):.0f} tokens on average; {args.held_out} kept for each length of {list(held)}")
+
+    # the one trainable tensor: noise around the mean of the embedding table, at its scale
+    torch.manual_seed(args.seed)
+    table = model.get_input_embeddings().weight.detach().float().cpu()
+    noise = table.mean(0) + table.std(0) * torch.randn(1, d)
+    ae = torch.nn.Parameter(noise.to(device))                                                       # (1, d) fp32
+    optimizer = torch.optim.AdamW([ae], lr=args.lr, weight_decay=0)
+    first, best, history = 0, {"loss": math.inf, "vector": noise}, []
+    if args.resume:
+        saved = load_artifact(args.out, "ae", before, d, f"python stage0_ae.py --model {args.model}")
+        ae.data.copy_(saved["last"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first, best, history = saved["step"], saved["best"], saved["history"]
+
+    def batch_ids(n):
+        """Micro-batch n of the run: texts of like length, cut to the shortest one, so there is no padding. It depends on n and the seed alone, so a resumed run sees the same."""
+        per_epoch = len(train) // args.batch
+        order = list(range(len(train)))
+        random.Random(f"{args.seed} {n // per_epoch}").shuffle(order)
+        window = 16 * args.batch                                                                    # sort by length within 16 batches, so that their order stays random
+        order = [i for w in range(0, len(order), window) for i in sorted(order[w:w + window], key=lambda i: len(train[i]))]
+        blocks = list(range(per_epoch))
+        random.Random(n // per_epoch).shuffle(blocks)
+        at = blocks[n % per_epoch] * args.batch
+        rows = [train[i] for i in order[at:at + args.batch]]
+        return torch.tensor([r[:min(map(len, rows))] for r in rows], device=device)                 # (B, n)
+
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="[AE]", dynamic_ncols=True)
+    running = []
+    for step in bar:
+        lr = args.lr * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad()
+        for micro in range(args.accumulate):
+            ids = batch_ids(step * args.accumulate + micro)                                         # (B, n)
+            target = torch.cat([ids, torch.full_like(ids[:, :1], end)], 1)                          # (B, n + 1)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                hidden = copy_hidden(model, ids, ae, start)                                         # (B, n + 1, d)
+                loss = token_loss(hidden.flatten(0, 1), weight, target.flatten()) / args.accumulate
+            loss.backward()
+            running.append(loss.item() * args.accumulate)
+        optimizer.step()
+
+        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+            scores = [copy_scores(model, ids, ae.detach(), start, end, greedy=False) for n, ids in held.items() if n < 512]
+            loss, right = (sum(s[i] for s in scores) / len(scores) for i in (0, 1))
+            history.append({"step": step + 1, "train": sum(running) / len(running), "held-out": loss})
+            tqdm.write(f"step {step + 1}: train {history[-1]['train']:.4f}, held-out {loss:.4f}, copied with the true past given {right:.2%}, lr {lr:.1e}")
+            running = []
+            if loss < best["loss"]:
+                best = {"loss": loss, "right": right, "step": step + 1, "vector": ae.detach().cpu().clone()}
+            save_artifact(args.out, artifact := {
+                "kind": "ae", "vector": best["vector"], "layout": "chat", "step": step + 1, "config": vars(args), "history": history, "best": best,
+                "model": {"name": args.model, "revision": getattr(model.config, "_commit_hash", None), "fingerprint": before, "d": d},
+                "metrics": {"held_out_loss": best["loss"], "held_out_right": best.get("right"), "n": sum(map(len, held.values()))},
+                "last": ae.detach().cpu(), "optimizer": optimizer.state_dict(), "versions": {"nanobe": VERSION, "torch": str(torch.__version__), "transformers": transformers.__version__}})
+            plot(Path(args.out).with_suffix(".png"), history, "[AE]: copy loss")
+        bar.set_postfix(loss=f"{running[-1] if running else loss:.3f}", held_out=f"{best['loss']:.3f}")
+
+    # what the trigger is worth, against a random vector and none
+    vectors = {"[AE]": best["vector"].to(device), "random": noise.to(device), "none": None}
+    report = {}
+    for n, ids in held.items():
+        for name, vector in vectors.items():
+            loss, right, back = copy_scores(model, ids, vector, start, end, greedy=True)
+            report[f"{n} {name}"] = {"loss": loss, "right": right, "greedy": back, "n": len(ids)}
+            print(f"{n:4d} tokens, {name:7s} n = {len(ids):3d}   loss {loss:.4f}   right with the true past given {right:7.2%}   given back by greedy decoding {back:7.2%}", flush=True)
+    if args.steps > first:
+        save_artifact(args.out, artifact | {"report": report})
+    assert fingerprint(model) == before, "the frozen model has changed"
+    print(f"wrote {args.out}: {d} trained numbers; every weight of the model is as it was\nnext: python stage1_recon.py --prompt prompts/pirate.txt")
+
+
+if __name__ == "__main__":
+    main()

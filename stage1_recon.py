@@ -1,0 +1,402 @@
+"""Stage 1: learn [BE], one input embedding, so that the frozen model gives the whole prompt P = (s_1, ..., s_m) back.
+
+    input   [BE] [AE] s_1 ... s_m        loss   L_recon = mean_j -log P(s_j | [BE], [AE], s_<j)        (paper, stage 1)
+
+[AE] is the trigger of stage 0 and is not trained here: repeating is its work, so [BE] is free to hold the content.
+
+    python stage1_recon.py --prompt prompts/pirate.txt            # any text file; the default model -> out/be.pt
+    python stage1_recon.py --prompt p.txt --k 4                   # four vectors instead of one
+    python stage1_recon.py --prompt prompts/gsm8k_8shot.json      # a dialogue: {"messages": [...]}
+    python stage1_recon.py --prompt p.txt --steps 2000 --resume   # go on, further
+    python stage1_recon.py --prompt p.txt --model meta-llama/Llama-3.2-1B-Instruct
+
+Reads   the prompt; [AE] from out/ae.pt, or from artifacts/ for the default model.
+Writes  out/be.pt, for stage 2, and out/be.recon.png, the loss curve.
+Expect  EXPECT_LAPTOP
+"""
+import argparse
+import glob
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import jinja2
+import torch
+import transformers
+from tqdm import tqdm
+
+VERSION = "0.1"
+
+
+def settings():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("--prompt",      required=True,                 help="the system prompt: a text file, or a .json with a \"messages\" list")
+    add("--model",       default="models/smollm2-135m", help="hub name or local folder of a Llama or Qwen chat model")
+    add("--ae",          default="",                    help="the [AE] artifact; without it out/ae.pt, else artifacts/, whichever fits the model")
+    add("--out",         default="out/be.pt",           help="the artifact")
+    add("--resume",      action="store_true",           help="go on from --out")
+    add("--layout",      default="chat", choices=["chat", "block"], help="[BE] replaces the system message, or the whole system block")
+    add("--k",           type=int,   default=1,         help="vectors to learn; 1 is the paper's")
+    add("--steps",       type=int,   default=120,       help="at most; it stops when every token of P is right. Thousands, to get a prompt of 100 tokens back in full")
+    add("--lr",          type=float, default=3e-2,      help="peak; AdamW, linear warm-up over 10 steps, then a cosine to zero")
+    add("--save-every",  type=int,   default=50,        help="steps between two saves")
+    add("--seed",        type=int,   default=0,         help="of the start vector")
+    add("--device",      default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: CUDA, then MPS, then CPU")
+    add("--dtype",       default="auto", choices=["auto", "bf16", "fp32"],       help="of the frozen weights; [BE] itself is always fp32")
+    return p.parse_args()
+
+
+# --- shared: fail --------------------------------------------------------
+def fail(message):
+    """A user's mistake: one line on stderr that says what was expected, what came and what to do; exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(2)
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: device ------------------------------------------------------
+def pick_device(device, dtype):
+    """Where and how to run -> (torch.device, dtype of the frozen weights, attention implementation); prints the reason."""
+    mps = torch.backends.mps.is_available()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if (device == "cuda" and not torch.cuda.is_available()) or (device == "mps" and not mps):
+        fail(f"--device {device}: this PyTorch sees no {device} device; use --device auto or cpu")
+    if device == "cuda":        # bf16 weights too: autocast would cast frozen fp32 weights anew in every step
+        fast, why = torch.bfloat16, "autocast"
+        attention = "flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa"
+    elif device == "mps":
+        fast, why, attention = torch.float32, "the safe choice on MPS", "sdpa"
+    else:                       # AMX or AVX512-BF16: bf16 is twice as fast as fp32 (bench in results/); other CPUs emulate it, slower than fp32
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        fast, why = (torch.bfloat16, "this CPU multiplies bf16 natively") if native else (torch.float32, "this CPU has no native bf16")
+        attention = "eager"     # SDPA's CPU backward is the slower one at chat lengths
+    dtype = {"auto": fast, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads" if device == "cpu" else "Apple GPU"
+    print(f"device: {device} ({name}), weights {str(dtype)[6:]} ({why if dtype == fast else 'as asked'}), attention {attention}")
+    return torch.device(device), dtype, attention
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: load_frozen -------------------------------------------------
+def load_frozen(name, device, dtype, attention):
+    """The frozen chat model and its tokenizer. name: hub name or folder. Exits with one line if there is no such model or it is no chat model."""
+    if name == "models/smollm2-135m" and not Path(name, "config.json").exists():
+        fail(f"the default model is not at {name} yet; fetch it once with: python models/prepare.py")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
+    except (OSError, ValueError) as e:
+        fail(f"--model {name}: expected a hub name or a folder with a Llama or Qwen chat model; transformers says: {str(e).strip().splitlines()[0]}")
+    if not tokenizer.chat_template:
+        fail(f"--model {name}: its tokenizer has no chat template, so it is a base model; use the -Instruct or -Chat one")
+    model.requires_grad_(False)         # frozen: no row is added, no head untied, no weight moved
+    return model.eval().to(device), tokenizer
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: hook --------------------------------------------------------
+def embed(model, ids, learned):
+    """The hook: token ids to input embeddings, with learned vectors in the slots.
+
+    ids (B, T) int64: id >= 0 is a token, looked up in the frozen table; -1 - i is a slot for row i of `learned`.
+    learned (n, d) fp32, the master: cast to the model's dtype here, so that a small step of the optimizer is not rounded away (bf16 spacing at 0.5 is 0.004).
+    -> (B, T, d) in the model's dtype. The gradient reaches `learned` and nothing else.
+    """
+    embeds = model.get_input_embeddings()(ids.clamp(min=0))                                         # (B, T, d) frozen
+    rows = torch.nn.functional.embedding((-1 - ids).clamp(min=0), learned.to(embeds.dtype))         # (B, T, d) learned
+    return torch.where((ids < 0)[..., None], rows, embeds)
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: token_loss --------------------------------------------------
+class TokenLoss(torch.autograd.Function):
+    """Sum over tokens of tau^2 KL(target || softmax(h W^T / tau)), in chunks: no (T, V) tensor outlives its chunk.
+
+    The head is frozen, so the gradient with respect to h is all that the backward pass needs: (T, d) numbers, made in the forward pass while the chunk's
+    logits are still there. d/dh of tau^2 KL is tau (softmax(z/tau) - target) W.
+    """
+    @staticmethod
+    def forward(ctx, hidden, weight, target, tau, chunk):
+        total, grad = hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
+        for i in range(0, len(hidden), chunk):
+            logp = torch.log_softmax((hidden[i:i + chunk] @ weight.T).float() / tau, -1)            # (c, V)
+            t = target[i:i + chunk]
+            if t.dtype == torch.int64:                                      # a token id: its one-hot distribution, KL is the negative log-likelihood
+                total += -logp.gather(1, t[:, None]).sum()
+                delta = logp.exp_().scatter_add_(1, t[:, None], -torch.ones_like(t[:, None], dtype=logp.dtype))
+            else:                                                           # the teacher's last hidden state: its logits are one product away
+                logq = torch.log_softmax((t @ weight.T).float() / tau, -1)
+                q = logq.exp()
+                total += tau ** 2 * (q * (logq - logp)).sum()
+                delta = logp.exp_().sub_(q).mul_(tau)
+            grad[i:i + chunk] = delta.to(weight.dtype) @ weight
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total):
+        return ctx.saved_tensors[0] * grad_total, None, None, None, None
+
+
+def token_loss(hidden, weight, target, tau=1.0, chunk=128):
+    """Mean loss a token. hidden (T, d); weight (V, d), the head; target (T,) token ids, or (T, d) teacher hidden states -> scalar, in nats."""
+    return TokenLoss.apply(hidden, weight, target, tau, chunk) / len(hidden)
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: load_artifact ----------------------------------------------
+def fingerprint(model):
+    """sha256 over the names, shapes and bf16 bits of all weights: the same for a model opened in bf16 or in fp32."""
+    h = hashlib.sha256()
+    for name, w in model.named_parameters():
+        h.update(f"{name} {tuple(w.shape)}".encode())
+        h.update(w.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
+    return h.hexdigest()
+
+
+def load_artifact(path, kind, model_print, d, maker, strict=True):
+    """The artifact at `path`, checked: its kind ("ae" or "be"), model and size. Exits with one line, naming `maker`, the command that makes
+    the right one; strict=False returns None for another model's artifact; model_print None takes any model's."""
+    try:
+        a = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        fail(f"{path}: not there; make it with: {maker}")
+    except Exception as e:      # torch.load raises many types on a damaged file; each means the same here
+        fail(f"{path}: not a readable artifact ({type(e).__name__}: truncated, or another kind of file); make it again with: {maker}")
+    if not isinstance(a, dict) or a.get("kind") != kind:
+        fail(f"{path}: expected an artifact of kind '{kind}', found {a.get('kind', 'none') if isinstance(a, dict) else type(a).__name__!r}; make one with: {maker}")
+    if missing := {"vector", "model", "layout"} - set(a):
+        fail(f"{path}: an artifact without its {', '.join(sorted(missing))}; make it again with: {maker}")
+    v, m = a["vector"], a["model"]
+    if model_print and m.get("fingerprint") != model_print:
+        if not strict:
+            return None
+        fail(f"{path}: its vector belongs to another model ({m.get('name')}, d = {m.get('d')}), not to this one (d = {d}); make one with: {maker}")
+    if not torch.is_tensor(v) or v.dim() != 2 or v.shape[1] != m.get("d") or not v.isfinite().all():
+        fail(f"{path}: expected a finite vector of shape (k, {m.get('d')}), found {tuple(v.shape) if torch.is_tensor(v) else type(v).__name__}; make one with: {maker}")
+    return a
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: save_artifact ----------------------------------------------
+def save_artifact(path, artifact):
+    """Written beside its place and renamed: a killed run leaves the old file whole."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.tmp", "wb") as f:
+        torch.save(artifact, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.tmp", path)
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: chat_ids ----------------------------------------------------
+def text_ids(tokenizer, text):
+    """Token ids of plain text: no BOS, and the name of a special token inside it is text, not the token."""
+    return tokenizer(text.strip(), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def chat_ids(tokenizer, messages, generate=True):
+    """Token ids of a dialogue in the model's own chat template; generate=True ends where the assistant begins to speak.
+
+    messages: [{"role": ..., "content": text, or a list of ids such as the slot [-1]}]. The template is rendered with a mark in place of each content and cut
+    at the marks, so its words tokenise as they would alone, a BOS stands where the template puts one and nowhere else, and no content leaves its place.
+    """
+    marks = [chr(0xE000 + i) for i in range(len(messages))]                  # private-use characters: no template has them
+    turns = [{"role": m["role"], "content": mark} for m, mark in zip(messages, marks)]
+    try:                                                                      # Llama 3 templates print today's date unless they are given one
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, date_string="26 Jul 2024")
+    except jinja2.TemplateError as e:
+        fail(f"this model's chat template refuses the roles {[m['role'] for m in messages]}: {e}; use a model with a system role")
+    ids = []
+    for m, mark in zip(messages, marks):
+        if text.count(mark) != 1:
+            fail(f"this model's chat template does not put the {m['role']} message in one place; use a Llama or Qwen chat model")
+        before, text = text.split(mark)
+        ids += tokenizer(before, add_special_tokens=False)["input_ids"]
+        ids += text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]
+    return ids + tokenizer(text, add_special_tokens=False)["input_ids"]
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: prompt ------------------------------------------------------
+def read_prompt(path):
+    """The prompt file -> the messages it stands for. A text file is one system message; a .json file holds a "messages" list, a dialogue. Exits with one line on bad input."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n").strip()
+    except OSError as e:
+        fail(f"--prompt {path}: expected a text file, but it cannot be read: {e.strerror}")
+    except UnicodeDecodeError:
+        fail(f"--prompt {path}: expected UTF-8 text, found bytes that are not; save the prompt as plain UTF-8 text")
+    if "\0" in text:
+        fail(f"--prompt {path}: expected text, found NUL bytes, so this is a binary file")
+    if not text:
+        fail(f"--prompt {path}: the file is empty; write the system prompt into it")
+    if not str(path).endswith(".json"):
+        return [{"role": "system", "content": text}]
+    try:
+        messages = [{"role": str(m["role"]), "content": m["content"].strip()} for m in json.loads(text)["messages"]]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        fail(f'--prompt {path}: expected {{"messages": [{{"role": ..., "content": ...}}, ...]}}')
+    if not any(m["content"] for m in messages):
+        fail(f"--prompt {path}: its messages are empty")
+    return messages
+
+
+def prompt_ids(tokenizer, messages, layout, limit):
+    """The tokens (s_1, ..., s_m) that the slot stands for: the text of one system message in the chat layout, else the messages with the template's words."""
+    if layout == "chat" and [m["role"] for m in messages] == ["system"]:
+        ids = text_ids(tokenizer, messages[0]["content"])
+    else:
+        ids = chat_ids(tokenizer, messages, generate=False)
+    if len(ids) > limit - 64:
+        fail(f"--prompt: expected at most {limit - 64} tokens (the model's context of {limit} less 64 for a question), found {len(ids)}; shorten the prompt")
+    return ids
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: layout ------------------------------------------------------
+def layout_ids(tokenizer, layout, slot, turns):
+    """What is fed to the model in place of the prompt -> token ids, ready for the assistant to speak.
+
+    slot: the ids [-1, -2, ...] of the learned vectors, or [] for none. turns: messages from the first user message on.
+    chat:   the system MESSAGE is the slot, the template's words stay around it       <sys> [BE] </sys> <user> q </user> <assistant>
+    block:  the system BLOCK, headers and all, is the slot (the paper's [BE], q)      [BE] <user> q </user> <assistant>
+    """
+    ids = chat_ids(tokenizer, [{"role": "system", "content": slot}] + turns)
+    if layout == "chat":
+        return ids
+    block = chat_ids(tokenizer, [{"role": "system", "content": slot}], generate=False)
+    if ids[:len(block)] != block:
+        fail("--layout block: this model's chat template has no system block of its own; use --layout chat")
+    bos = block[:1] if block[0] == tokenizer.bos_token_id and ids.count(block[0]) == 1 else []       # ChatML opens every turn with its "BOS": that one is a header
+    return bos + slot + ids[len(block):]
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: find_ae -----------------------------------------------------
+def find_ae(path, model_print, d, model_name):
+    """The [AE] artifact of this model: the one named, else out/ae.pt, else one of artifacts/*.pt, whichever was made for these weights -> (1, d)."""
+    maker = f"python stage0_ae.py --model {model_name}"
+    for candidate in [path] if path else ["out/ae.pt", *sorted(glob.glob("artifacts/ae-*.pt"))]:
+        if path or Path(candidate).exists():
+            a = load_artifact(candidate, "ae", model_print, d, maker, strict=bool(path))
+            if a:
+                print(f"[AE]: {candidate}")
+                return a["vector"]
+    fail(f"no [AE] of this model in out/ae.pt or artifacts/; make one with: {maker}")
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: plot --------------------------------------------------------
+def plot(path, history, title):
+    """The loss curves as a PNG beside the artifact. history: list of {"step": ..., name: value}; values of one name make one line."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    fig, ax = pyplot.subplots(figsize=(7, 4))
+    for name in dict.fromkeys(k for row in history for k in row if k != "step"):
+        ax.plot(*zip(*[(row["step"], row[name]) for row in history if name in row]), label=name)
+    ax.set(xlabel="step", ylabel="nats a token", title=title)
+    ax.legend()
+    fig.savefig(path, dpi=100, bbox_inches="tight")
+    pyplot.close(fig)
+# --- end shared ----------------------------------------------------------
+
+
+@torch.no_grad()
+def give_back(model, ids, learned, m):
+    """m tokens by greedy decoding after ids (1, T), slots and all -> list of token ids."""
+    body, weight, said = model.get_decoder(), model.get_output_embeddings().weight, []
+    out = body(inputs_embeds=embed(model, ids, learned), use_cache=True)
+    while len(said) < m:
+        said.append((out.last_hidden_state[0, -1] @ weight.T).argmax().item())
+        out = body(input_ids=ids.new_tensor([[said[-1]]]), past_key_values=out.past_key_values, use_cache=True)
+    return said
+
+
+def main():
+    args = settings()
+    messages = read_prompt(args.prompt)
+    device, dtype, attention = pick_device(args.device, args.dtype)
+    model, tokenizer = load_frozen(args.model, device, dtype, attention)
+    body, weight = model.get_decoder(), model.get_output_embeddings().weight                        # weight (V, d)
+    before, d = fingerprint(model), weight.shape[1]
+    ae = find_ae(args.ae, before, d, args.model).to(device)                                         # (1, d) fp32, not trained here
+
+    # the sequence: what stands before the slot in the layout, [BE], [AE], P. Attention looks back only, so with the same words before it
+    # [BE] has the very keys and values here that it will have in a chat.
+    s = prompt_ids(tokenizer, messages, args.layout, model.config.max_position_embeddings)
+    slot = [-1 - i for i in range(args.k)]
+    start = layout_ids(tokenizer, args.layout, slot, [{"role": "user", "content": "?"}])
+    start = start[:start.index(-1)]
+    opening = torch.tensor([start + slot + [-1 - args.k]], device=device)                           # (1, s + k + 1): ... [BE] [AE]
+    target = torch.tensor(s, device=device)                                                         # (m,)
+    ids = torch.cat([opening, target[None, :-1]], 1)                                                # (1, s + k + m): s_m is predicted, never read
+    m = len(s)
+    if device.type == "cpu" and m > 1024:
+        model.set_attn_implementation("sdpa")               # eager keeps (heads, T, T) a layer for the backward pass: 20 GB at 3,000 tokens
+    print(f"prompt: {args.prompt}, {m} tokens -> {args.k} vector{'s' * (args.k > 1)} of {d} numbers; layout {args.layout}")
+
+    # the one trainable tensor: noise around the mean of the embedding table, at its scale
+    torch.manual_seed(args.seed)
+    table = model.get_input_embeddings().weight.detach().float().cpu()
+    be = torch.nn.Parameter((table.mean(0) + table.std(0) * torch.randn(args.k, d)).to(device))     # (k, d) fp32
+    optimizer = torch.optim.AdamW([be], lr=args.lr, weight_decay=0)
+    first, best, history = 0, {"loss": math.inf}, []
+    prompt = {"sha256": hashlib.sha256(json.dumps(messages).encode()).hexdigest(), "tokens": m, "messages": messages}
+    if args.resume:
+        saved = load_artifact(args.out, "be", before, d, f"python stage1_recon.py --prompt {args.prompt}")
+        if saved["stage"] != "recon" or saved["prompt"]["sha256"] != prompt["sha256"] or saved["layout"] != args.layout or saved["last"].shape != be.shape:
+            fail(f"--resume: {args.out} is a stage {saved['stage']} artifact of another prompt, layout or k; run without --resume to start anew")
+        be.data.copy_(saved["last"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first, best, history = saved["step"], saved["best"], saved["history"]
+
+    done = False
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="[BE] recon", dynamic_ncols=True)
+    for step in bar:
+        optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            hidden = body(inputs_embeds=embed(model, ids, torch.cat([be, ae])), use_cache=False).last_hidden_state[0, -m:]      # (m, d)
+            loss = token_loss(hidden, weight, target)
+        optimizer.zero_grad()
+        loss.backward()
+        history.append({"step": step, "recon": loss.item()})
+        if loss.item() < best["loss"]:      # each step sees all of P: this is the exact loss of the vector as it stood before the step
+            best = {"loss": loss.item(), "step": step, "vector": be.detach().cpu().clone()}
+        if step % 10 == 9 or step + 1 == args.steps:
+            wrong = sum(((h @ weight.T).argmax(-1) != t).sum().item() for h, t in zip(hidden.detach().split(128), target.split(128)))
+            done = wrong == 0
+            bar.set_postfix(recon=f"{loss.item():.3f}", right=f"{m - wrong}/{m}")
+            if done:
+                tqdm.write(f"step {step + 1}: every token of P is right, stopping")
+        optimizer.step()
+
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or done:
+            save_artifact(args.out, artifact := {
+                "kind": "be", "stage": "recon", "vector": best["vector"], "layout": args.layout, "prompt": prompt, "step": step + 1, "config": vars(args),
+                "model": {"name": args.model, "revision": getattr(model.config, "_commit_hash", None), "fingerprint": before, "d": d},
+                "metrics": {"recon": best["loss"], "right": m - wrong, "n": m}, "history": history, "best": best, "last": be.detach().cpu(),
+                "optimizer": optimizer.state_dict(), "versions": {"nanobe": VERSION, "torch": str(torch.__version__), "transformers": transformers.__version__}})
+        if done:
+            break
+    bar.close()
+
+    said = give_back(model, opening, torch.cat([best["vector"].to(device), ae]), m)
+    led = next((j for j, (a, b) in enumerate(zip(said, s)) if a != b), m)
+    plot(Path(args.out).with_suffix(".recon.png"), history, f"stage 1: giving back {m} tokens of {Path(args.prompt).name}")
+    assert fingerprint(model) == before, "the frozen model has changed"
+    print(f"loss {best['loss']:.3f} nats a token (perplexity {math.exp(best['loss']):.1f}); with the true past given {artifact['metrics']['right']} of {m} tokens are right;"
+          f" greedy decoding gives back the first {led}, and {sum(a == b for a, b in zip(said, s))} in their places")
+    print(f"wrote {args.out}: {be.numel()} trained numbers; every weight of the model is as it was\nnext: python stage2_kd.py --prompt {args.prompt}")
+
+
+if __name__ == "__main__":
+    main()
