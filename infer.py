@@ -24,7 +24,7 @@ import transformers
 def settings():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("--query",          default=None,        help="one question; without it, a chat")
+    add("--query",          default=None, nargs="+", help="a question, or several, each on its own; without it, a chat")
     add("--be",             default="out/be.pt", help="the artifact of stage 1 or 2")
     add("--model",          default="",          help="hub name or folder; default: the one that the artifact names")
     add("--compare",        action="store_true", help="answer with the full prompt, [BE] and no prompt; needs --query")
@@ -213,7 +213,7 @@ def main():
     args = settings()
     if args.compare and args.query is None:
         fail("--compare needs --query \"...\"")
-    if args.query is not None and not args.query.strip():
+    if not all(q.strip() for q in args.query or ["?"]):
         fail("--query is empty; expected a question")
     if args.max_new_tokens < 1 or args.temperature < 0:
         fail(f"expected --max-new-tokens of at least 1 and --temperature of at least 0, found {args.max_new_tokens} and {args.temperature}")
@@ -239,13 +239,13 @@ def main():
             fail(f"expected at most {room} tokens of context (the model's {room + args.max_new_tokens} less --max-new-tokens), found {len(ids)}; shorten the question")
         return ids
 
-    if args.query is not None:
-        turns = [{"role": "user", "content": args.query}]
+    for query in args.query or []:
+        turns = [{"role": "user", "content": query}]
         ids = check(layout_ids(tokenizer, layout, slot, turns))
-        print(fed(ids) + "\n")
         columns = {"[BE]": ids}
+        print(fed(ids) + "\n")
         if args.compare:
-            columns = {"full prompt": check(chat_ids(tokenizer, prompt["messages"] + turns)), "[BE]": ids, "no prompt": layout_ids(tokenizer, "block", [], turns)}
+            columns = {"full prompt": check(chat_ids(tokenizer, prompt["messages"] + turns)), "[BE]": ids, "no prompt": layout_ids(tokenizer, layout, [], turns)}
             for row in columns.values():                                                            # the first pass of a shape is slow; it is not what is compared
                 list(answer(model, row, vector, stop, 2, 0, rng))
         for name, row in columns.items():
@@ -254,6 +254,7 @@ def main():
             _, n, first, total = stream(tokenizer, answer(model, row, vector, stop, args.max_new_tokens, args.temperature, rng.manual_seed(args.seed)))
             speed = f"{(n - 1) / (total - first):.1f} tokens a second" if n > 1 else "one token"
             print(f"    [{len(row)} tokens fed, {n} answered; first after {1000 * first:.0f} ms, then {speed}]\n")
+    if args.query:
         return
 
     turns = []

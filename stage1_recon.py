@@ -349,15 +349,15 @@ def main():
     table = model.get_input_embeddings().weight.detach().float().cpu()
     be = torch.nn.Parameter((table.mean(0) + table.std(0) * torch.randn(args.k, d)).to(device))     # (k, d) fp32
     optimizer = torch.optim.AdamW([be], lr=args.lr, weight_decay=0)
-    first, best, history = 0, {"loss": math.inf}, []
+    first, best, history, artifact = 0, {"loss": math.inf}, [], None
     prompt = {"sha256": hashlib.sha256(json.dumps(messages).encode()).hexdigest(), "tokens": m, "messages": messages}
     if args.resume:
-        saved = load_artifact(args.out, "be", before, d, f"python stage1_recon.py --prompt {args.prompt}")
-        if saved["stage"] != "recon" or saved["prompt"]["sha256"] != prompt["sha256"] or saved["layout"] != args.layout or saved["last"].shape != be.shape:
-            fail(f"--resume: {args.out} is a stage {saved['stage']} artifact of another prompt, layout or k; run without --resume to start anew")
-        be.data.copy_(saved["last"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first, best, history = saved["step"], saved["best"], saved["history"]
+        artifact = load_artifact(args.out, "be", before, d, f"python stage1_recon.py --prompt {args.prompt}")
+        if artifact["stage"] != "recon" or artifact["prompt"]["sha256"] != prompt["sha256"] or artifact["layout"] != args.layout or artifact["last"].shape != be.shape:
+            fail(f"--resume: {args.out} is a stage {artifact['stage']} artifact of another prompt, layout or k; run without --resume to start anew")
+        be.data.copy_(artifact["last"])
+        optimizer.load_state_dict(artifact["optimizer"])
+        first, best, history = artifact["step"], artifact["best"], artifact["history"]
 
     done = False
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="[BE] recon", dynamic_ncols=True)

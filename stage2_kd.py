@@ -518,7 +518,7 @@ def main():
     def measure(part, inputs, learned):
         return evaluate(model, [inputs[i] for i in part], [answers[i] for i in part], [teacher_hidden[i].to(device) for i in part], learned)
 
-    none = [layout_ids(tokenizer, "block", [], turns) for turns in ask]                              # no prompt: the user's turn and nothing before it
+    none = [layout_ids(tokenizer, layout, [], turns) for turns in ask]                               # no prompt: the same words around an empty slot
     no_vector = torch.zeros(1, d, device=device)
     base = measure(held, none, no_vector).sum(0)
 
@@ -571,8 +571,10 @@ def main():
     # the table of controls
     vector = best["vector"].to(device)
     noise = (table.mean(0) + table.std(0) * torch.randn(k, d)).to(device)
-    controls = {"full prompt": (full, no_vector), f"[BE], k = {k}": (rows, vector), "no prompt": (none, no_vector), "default system prompt": ([chat_ids(tokenizer, t) for t in ask], no_vector),
-                "random vector": (rows, noise), f"prompt cut to {k} token{'s' * (k > 1)}": ([layout_ids(tokenizer, layout, s[:k], t) for t in ask], no_vector)}
+    plural = "s" * (k > 1)
+    controls = {"full prompt": (full, no_vector), f"[BE], {k} vector{plural}": (rows, vector), "no prompt (empty slot)": (none, no_vector),
+                "no system block at all": ([layout_ids(tokenizer, "block", [], t) for t in ask], no_vector), "default system prompt": ([chat_ids(tokenizer, t) for t in ask], no_vector),
+                f"random vector{plural}": (rows, noise), f"prompt cut to {k} token{plural}": ([layout_ids(tokenizer, layout, s[:k], t) for t in ask], no_vector)}
     scores = {name: measure(test, inputs, learned) for name, (inputs, learned) in controls.items()}
     draws = torch.randint(len(test), (1000, len(test)), generator=torch.Generator().manual_seed(0)) # bootstrap over queries
     table = {}
@@ -580,9 +582,9 @@ def main():
     print(f"{'':24s}{'KL':>8s}{'top-1':>8s}{'gap closed':>12s}{'95%':>18s}{'tokens in place of the prompt':>32s}")
     for name, x in scores.items():
         inputs = controls[name][0]
-        gap = 1 - x[draws, 0].sum(1) / scores["no prompt"][draws, 0].sum(1)
+        gap = 1 - x[draws, 0].sum(1) / scores["no prompt (empty slot)"][draws, 0].sum(1)
         table[name] = {"kl": (x[:, 0].sum() / x[:, 2].sum()).item(), "top1": (x[:, 1].sum() / x[:, 2].sum()).item(),
-                       "gap_closed": 1 - (x[:, 0].sum() / scores["no prompt"][:, 0].sum()).item(), "gap_closed_95": gap.quantile(torch.tensor([0.025, 0.975])).tolist(),
+                       "gap_closed": 1 - (x[:, 0].sum() / scores["no prompt (empty slot)"][:, 0].sum()).item(), "gap_closed_95": gap.quantile(torch.tensor([0.025, 0.975])).tolist(),
                        "tokens": sum(len(inputs[i]) for i in test) / len(test), "n": len(test)}
         print("{:24s}{kl:8.4f}{top1:8.1%}{gap_closed:12.3f}{:>18s}{tokens:12.0f}".format(name, "{:.3f} to {:.3f}".format(*table[name]["gap_closed_95"]), **table[name]))
     if args.steps > first:

@@ -1,0 +1,37 @@
+PYTHON ?= python3
+BIN    := .venv/bin
+MODEL  := models/smollm2-135m/config.json
+DEMO   := out/demo
+ASK    := "What do you think of tax collectors?" "How do I cook rice so that it does not stick?" "I had a bad day at work. Any advice?"
+
+.PHONY: demo test test-slow clean
+
+# a prompt file becomes one vector that answers like it; every part of it that is done is skipped the next time
+demo: .venv/installed $(MODEL)
+	@echo
+	@echo "The demo: prompts/pirate.txt, 357 tokens, becomes one input embedding of a frozen 135M model. On two cores about DEMO_MINUTES minutes:"
+	@echo "  1. stage 1, giving the prompt back   2. the teacher answers 200 questions   3. stage 2, distillation, and its table of controls   4. three questions"
+	@echo
+	@$(BIN)/python stage1_recon.py --prompt prompts/pirate.txt --out $(DEMO)/recon.pt $(if $(wildcard $(DEMO)/recon.pt),--resume)
+	@echo
+	@$(BIN)/python stage2_kd.py --prompt prompts/pirate.txt --be $(DEMO)/recon.pt --out $(DEMO)/be.pt --answer-tokens 32 $(if $(wildcard $(DEMO)/be.pt),--resume)
+	@echo
+	@$(BIN)/python infer.py --be $(DEMO)/be.pt --compare --max-new-tokens 60 --query $(ASK)
+
+test: .venv/installed
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m "not slow" tests
+
+test-slow: .venv/installed $(MODEL)
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests
+
+.venv/installed: requirements.txt constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "nanoBE needs Python 3.10 or newer, this is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt -c constraints.txt
+	touch $@
+
+$(MODEL): | .venv/installed
+	$(BIN)/python models/prepare.py
+
+clean:
+	rm -rf out .pytest_cache tests/__pycache__ __pycache__
