@@ -12,11 +12,13 @@ Reads   out/be.pt: the vector, the layout it was trained in, the model it belong
 import argparse
 import hashlib
 import importlib.util
+import math
 import sys
 import time
 from pathlib import Path
 
 import jinja2
+import safetensors
 import torch
 import transformers
 
@@ -28,11 +30,12 @@ def settings():
     add("--be",             default="out/be.pt", help="the artifact of stage 1 or 2")
     add("--model",          default="",          help="hub name or folder; default: the one that the artifact names")
     add("--compare",        action="store_true", help="answer with the full prompt, [BE] and no prompt; needs --query")
-    add("--max-new-tokens", type=int,   default=128, help="an answer is cut here")
-    add("--temperature",    type=float, default=0.0, help="0 is greedy")
+    add("--max-new-tokens", type=number(int, 1), default=128, help="an answer is cut here")
+    add("--temperature",    type=number(float, 0), default=0.0, help="0 is greedy")
     add("--seed",           type=int,   default=0,   help="of the sampling")
     add("--device",         default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: CUDA, then MPS, then CPU")
     add("--dtype",          default="auto", choices=["auto", "bf16", "fp32"],       help="of the frozen weights")
+    p.error = lambda message: fail(f"{message}; see --help")
     return p.parse_args()
 
 
@@ -41,6 +44,17 @@ def fail(message):
     """A user's mistake: one line on stderr that says what was expected, what came and what to do; exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or float from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"expected {'a number' if kind is float else 'a whole number'} from {low} to {high}, found {text}")
+        return value
+    parse.__name__ = "number" if kind is float else "whole number"
+    return parse
 # --- end shared ----------------------------------------------------------
 
 
@@ -74,9 +88,10 @@ def load_frozen(name, device, dtype, attention):
     if name == "models/smollm2-135m" and not Path(name, "config.json").exists():
         fail(f"the default model is not at {name} yet; fetch it once with: python models/prepare.py")
     try:
+        transformers.utils.logging.disable_progress_bar()
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, safetensors.SafetensorError) as e:
         fail(f"--model {name}: expected a hub name or a folder with a Llama or Qwen chat model; transformers says: {str(e).strip().splitlines()[0]}")
     if not tokenizer.chat_template:
         fail(f"--model {name}: its tokenizer has no chat template, so it is a base model; use the -Instruct or -Chat one")
@@ -120,9 +135,9 @@ def load_artifact(path, kind, model_print, d, maker, strict=True):
         fail(f"{path}: not a readable artifact ({type(e).__name__}: truncated, or another kind of file); make it again with: {maker}")
     if not isinstance(a, dict) or a.get("kind") != kind:
         fail(f"{path}: expected an artifact of kind '{kind}', found {a.get('kind', 'none') if isinstance(a, dict) else type(a).__name__!r}; make one with: {maker}")
-    if missing := {"vector", "model", "layout"} - set(a):
-        fail(f"{path}: an artifact without its {', '.join(sorted(missing))}; make it again with: {maker}")
-    v, m = a["vector"], a["model"]
+    v, m = a.get("vector"), a.get("model")
+    if not isinstance(m, dict) or a.get("layout") not in ("chat", "block") or (kind == "be" and not {"stage", "prompt"} <= set(a)):
+        fail(f"{path}: an artifact that lacks its model, layout, stage or prompt; make it again with: {maker}")
     if model_print and m.get("fingerprint") != model_print:
         if not strict:
             return None
@@ -215,8 +230,6 @@ def main():
         fail("--compare needs --query \"...\"")
     if not all(q.strip() for q in args.query or ["?"]):
         fail("--query is empty; expected a question")
-    if args.max_new_tokens < 1 or args.temperature < 0:
-        fail(f"expected --max-new-tokens of at least 1 and --temperature of at least 0, found {args.max_new_tokens} and {args.temperature}")
     maker = "python stage1_recon.py --prompt prompts/pirate.txt, then python stage2_kd.py --prompt prompts/pirate.txt"
     be = load_artifact(args.be, "be", None, None, maker)
     device, dtype, attention = pick_device(args.device, args.dtype)
@@ -228,6 +241,9 @@ def main():
     stop = set(ends if isinstance(ends, list) else [ends if ends is not None else tokenizer.eos_token_id])
     rng = torch.Generator().manual_seed(args.seed)
     room = model.config.max_position_embeddings - args.max_new_tokens
+
+    if room < 64:
+        fail(f"--max-new-tokens: expected at most {room + args.max_new_tokens - 64} (the model's context less 64 for a question), found {args.max_new_tokens}")
 
     def fed(ids):
         """The layout that is really fed, with the slot shown as it is."""

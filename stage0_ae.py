@@ -25,6 +25,7 @@ import sys
 from pathlib import Path
 
 import jinja2
+import safetensors
 import torch
 import transformers
 from tqdm import tqdm
@@ -39,17 +40,18 @@ def settings():
     add("--data",        default=["data/ae_corpus/*.jsonl"], nargs="+", help="jsonl files or globs, a \"text\" in each line")
     add("--out",         default="out/ae.pt",                                    help="the artifact")
     add("--resume",      action="store_true",                                    help="go on from --out")
-    add("--steps",       type=int,   default=1000,   help="optimizer steps")
-    add("--batch",       type=int,   default=4,      help="texts a forward pass, of like length")
-    add("--accumulate",  type=int,   default=2,      help="forward passes a step")
-    add("--lr",          type=float, default=1e-2,   help="peak; AdamW, linear warm-up over 20 steps, then a cosine to zero. Tried: 3e-3 to 1e-1")
-    add("--min-tokens",  type=int,   default=64,     help="shorter texts are left out")
-    add("--max-tokens",  type=int,   default=1024,   help="longer texts are cut here")
-    add("--held-out",    type=int,   default=16,     help="texts kept from training, for each of the four lengths in the report")
-    add("--eval-every",  type=int,   default=50,     help="steps between two looks at the held-out texts; the artifact is saved then")
+    add("--steps",       type=number(int, 1), default=130,    help="optimizer steps")
+    add("--batch",       type=number(int, 1), default=4,      help="texts a forward pass, of like length")
+    add("--accumulate",  type=number(int, 1), default=2,      help="forward passes a step")
+    add("--lr",          type=number(float, 0), default=3e-2,   help="peak; AdamW, linear warm-up over 20 steps, then a cosine to zero. 1e-2 ends higher")
+    add("--min-tokens",  type=number(int, 1), default=64,     help="shorter texts are left out")
+    add("--max-tokens",  type=number(int, 64), default=1024,   help="longer texts are cut here")
+    add("--held-out",    type=number(int, 1), default=16,     help="texts kept from training, for each of the four lengths in the report")
+    add("--eval-every",  type=number(int, 1), default=26,     help="steps between two looks at the held-out texts; the artifact is saved then")
     add("--seed",        type=int,   default=0,      help="of the start vector and of the order of texts")
     add("--device",      default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: CUDA, then MPS, then CPU")
     add("--dtype",       default="auto", choices=["auto", "bf16", "fp32"],       help="of the frozen weights; [AE] itself is always fp32")
+    p.error = lambda message: fail(f"{message}; see --help")
     return p.parse_args()
 
 
@@ -58,6 +60,17 @@ def fail(message):
     """A user's mistake: one line on stderr that says what was expected, what came and what to do; exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or float from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"expected {'a number' if kind is float else 'a whole number'} from {low} to {high}, found {text}")
+        return value
+    parse.__name__ = "number" if kind is float else "whole number"
+    return parse
 # --- end shared ----------------------------------------------------------
 
 
@@ -91,9 +104,10 @@ def load_frozen(name, device, dtype, attention):
     if name == "models/smollm2-135m" and not Path(name, "config.json").exists():
         fail(f"the default model is not at {name} yet; fetch it once with: python models/prepare.py")
     try:
+        transformers.utils.logging.disable_progress_bar()
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, safetensors.SafetensorError) as e:
         fail(f"--model {name}: expected a hub name or a folder with a Llama or Qwen chat model; transformers says: {str(e).strip().splitlines()[0]}")
     if not tokenizer.chat_template:
         fail(f"--model {name}: its tokenizer has no chat template, so it is a base model; use the -Instruct or -Chat one")
@@ -173,9 +187,9 @@ def load_artifact(path, kind, model_print, d, maker, strict=True):
         fail(f"{path}: not a readable artifact ({type(e).__name__}: truncated, or another kind of file); make it again with: {maker}")
     if not isinstance(a, dict) or a.get("kind") != kind:
         fail(f"{path}: expected an artifact of kind '{kind}', found {a.get('kind', 'none') if isinstance(a, dict) else type(a).__name__!r}; make one with: {maker}")
-    if missing := {"vector", "model", "layout"} - set(a):
-        fail(f"{path}: an artifact without its {', '.join(sorted(missing))}; make it again with: {maker}")
-    v, m = a["vector"], a["model"]
+    v, m = a.get("vector"), a.get("model")
+    if not isinstance(m, dict) or a.get("layout") not in ("chat", "block") or (kind == "be" and not {"stage", "prompt"} <= set(a)):
+        fail(f"{path}: an artifact that lacks its model, layout, stage or prompt; make it again with: {maker}")
     if model_print and m.get("fingerprint") != model_print:
         if not strict:
             return None
@@ -234,11 +248,12 @@ def read_texts(patterns, tokenizer, shortest, longest):
         fail(f"--data {' '.join(patterns)}: no such file; make some with: python data/ae_corpus/prepare.py --offline")
     texts = []
     for file in files:
-        for n, line in enumerate(open(file, encoding="utf-8"), 1):
+        for n, line in enumerate(open(file, encoding="utf-8", errors="surrogateescape"), 1):
             try:
-                texts.append(text_ids(tokenizer, json.loads(line)["text"][:longest * 12])[:longest])      # no token is longer than 12 characters on average
-            except (ValueError, KeyError, TypeError):
-                fail(f'{file}, line {n}: expected a json object with a "text", found {line[:60]!r}')
+                text = json.loads(line)["text"].encode("utf-8").decode()
+            except (ValueError, KeyError, TypeError, AttributeError):
+                fail(f'{file}, line {n}: expected a json object with a "text" in UTF-8, found {line[:60]!r}')
+            texts.append(text_ids(tokenizer, text[:longest * 12])[:longest])                        # texts of over 12 characters a token are not text
     return [t for t in texts if len(t) >= shortest]
 
 
@@ -309,15 +324,15 @@ def main():
     held = {n: [i for i, t in enumerate(texts) if len(t) >= n][:args.held_out] for n in (64, 128, 256, 512)}
     train = [t for i, t in enumerate(texts) if i not in set(sum(held.values(), []))]
     held = {n: torch.tensor([texts[i][:n] for i in rows], device=device) for n, rows in held.items() if rows}
-    if len(train) < args.batch:
-        fail(f"--data: {len(train)} texts of {args.min_tokens} tokens or more are left to train on; expected at least --batch = {args.batch}")
+    if len(train) < args.batch or not held:
+        fail(f"--data: expected at least --batch = {args.batch} texts to train on and some of 64 tokens or more to hold out, found {len(texts)} texts of --min-tokens or more in all")
     print(f"texts: {len(train)} to train on, {sum(map(len, train)) / len(train):.0f} tokens on average; {args.held_out} kept for each length of {list(held)}")
 
     # the one trainable tensor: noise around the mean of the embedding table, at its scale
     torch.manual_seed(args.seed)
     table = model.get_input_embeddings().weight.detach().float().cpu()
     noise = table.mean(0) + table.std(0) * torch.randn(1, d)
-    ae = torch.nn.Parameter(noise.to(device))                                                       # (1, d) fp32
+    ae = torch.nn.Parameter(noise.clone().to(device))                                               # (1, d) fp32
     optimizer = torch.optim.AdamW([ae], lr=args.lr, weight_decay=0)
     first, best, history = 0, {"loss": math.inf, "vector": noise}, []
     if args.resume:
@@ -352,6 +367,8 @@ def main():
                 hidden = copy_hidden(model, ids, ae, start)                                         # (B, n + 1, d)
                 loss = token_loss(hidden.flatten(0, 1), weight, target.flatten()) / args.accumulate
             loss.backward()
+            if not math.isfinite(loss.item()):
+                fail(f"the loss is {loss.item()} in step {step}; the last good vector, if any, is in {args.out}; use a smaller --lr")
             running.append(loss.item() * args.accumulate)
         optimizer.step()
 
@@ -369,7 +386,7 @@ def main():
                 "metrics": {"held_out_loss": best["loss"], "held_out_right": best.get("right"), "n": sum(map(len, held.values()))},
                 "last": ae.detach().cpu(), "optimizer": optimizer.state_dict(), "versions": {"nanobe": VERSION, "torch": str(torch.__version__), "transformers": transformers.__version__}})
             plot(Path(args.out).with_suffix(".png"), history, "[AE]: copy loss")
-        bar.set_postfix(loss=f"{running[-1] if running else loss:.3f}", held_out=f"{best['loss']:.3f}")
+        bar.set_postfix(held_out=f"{best['loss']:.3f}")
 
     # what the trigger is worth, against a random vector and none
     vectors = {"[AE]": best["vector"].to(device), "random": noise.to(device), "none": None}

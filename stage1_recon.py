@@ -25,6 +25,7 @@ import sys
 from pathlib import Path
 
 import jinja2
+import safetensors
 import torch
 import transformers
 from tqdm import tqdm
@@ -41,13 +42,14 @@ def settings():
     add("--out",         default="out/be.pt",           help="the artifact")
     add("--resume",      action="store_true",           help="go on from --out")
     add("--layout",      default="chat", choices=["chat", "block"], help="[BE] replaces the system message, or the whole system block")
-    add("--k",           type=int,   default=1,         help="vectors to learn; 1 is the paper's")
-    add("--steps",       type=int,   default=120,       help="at most; it stops when every token of P is right. Thousands, to get a prompt of 100 tokens back in full")
-    add("--lr",          type=float, default=3e-2,      help="peak; AdamW, linear warm-up over 10 steps, then a cosine to zero")
-    add("--save-every",  type=int,   default=50,        help="steps between two saves")
+    add("--k",           type=number(int, 1), default=1,         help="vectors to learn; 1 is the paper's")
+    add("--steps",       type=number(int, 1), default=120,       help="at most; it stops when every token of P is right. Thousands, to get a prompt of 100 tokens back in full")
+    add("--lr",          type=number(float, 0), default=3e-2,      help="peak; AdamW, linear warm-up over 10 steps, then a cosine to zero")
+    add("--save-every",  type=number(int, 1), default=50,        help="steps between two saves")
     add("--seed",        type=int,   default=0,         help="of the start vector")
     add("--device",      default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: CUDA, then MPS, then CPU")
     add("--dtype",       default="auto", choices=["auto", "bf16", "fp32"],       help="of the frozen weights; [BE] itself is always fp32")
+    p.error = lambda message: fail(f"{message}; see --help")
     return p.parse_args()
 
 
@@ -56,6 +58,17 @@ def fail(message):
     """A user's mistake: one line on stderr that says what was expected, what came and what to do; exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or float from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"expected {'a number' if kind is float else 'a whole number'} from {low} to {high}, found {text}")
+        return value
+    parse.__name__ = "number" if kind is float else "whole number"
+    return parse
 # --- end shared ----------------------------------------------------------
 
 
@@ -89,9 +102,10 @@ def load_frozen(name, device, dtype, attention):
     if name == "models/smollm2-135m" and not Path(name, "config.json").exists():
         fail(f"the default model is not at {name} yet; fetch it once with: python models/prepare.py")
     try:
+        transformers.utils.logging.disable_progress_bar()
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, safetensors.SafetensorError) as e:
         fail(f"--model {name}: expected a hub name or a folder with a Llama or Qwen chat model; transformers says: {str(e).strip().splitlines()[0]}")
     if not tokenizer.chat_template:
         fail(f"--model {name}: its tokenizer has no chat template, so it is a base model; use the -Instruct or -Chat one")
@@ -171,9 +185,9 @@ def load_artifact(path, kind, model_print, d, maker, strict=True):
         fail(f"{path}: not a readable artifact ({type(e).__name__}: truncated, or another kind of file); make it again with: {maker}")
     if not isinstance(a, dict) or a.get("kind") != kind:
         fail(f"{path}: expected an artifact of kind '{kind}', found {a.get('kind', 'none') if isinstance(a, dict) else type(a).__name__!r}; make one with: {maker}")
-    if missing := {"vector", "model", "layout"} - set(a):
-        fail(f"{path}: an artifact without its {', '.join(sorted(missing))}; make it again with: {maker}")
-    v, m = a["vector"], a["model"]
+    v, m = a.get("vector"), a.get("model")
+    if not isinstance(m, dict) or a.get("layout") not in ("chat", "block") or (kind == "be" and not {"stage", "prompt"} <= set(a)):
+        fail(f"{path}: an artifact that lacks its model, layout, stage or prompt; make it again with: {maker}")
     if model_print and m.get("fingerprint") != model_print:
         if not strict:
             return None
@@ -368,10 +382,13 @@ def main():
             loss = token_loss(hidden, weight, target)
         optimizer.zero_grad()
         loss.backward()
+        if not math.isfinite(loss.item()):
+            fail(f"the loss is {loss.item()} in step {step}; the last good vector, if any, is in {args.out}; use a smaller --lr")
         history.append({"step": step, "recon": loss.item()})
         if loss.item() < best["loss"]:      # each step sees all of P: this is the exact loss of the vector as it stood before the step
             best = {"loss": loss.item(), "step": step, "vector": be.detach().cpu().clone()}
-        if step % 10 == 9 or step + 1 == args.steps:
+        save = (step + 1) % args.save_every == 0 or step + 1 == args.steps
+        if save or step % 10 == 9:
             wrong = sum(((h @ weight.T).argmax(-1) != t).sum().item() for h, t in zip(hidden.detach().split(128), target.split(128)))
             done = wrong == 0
             bar.set_postfix(recon=f"{loss.item():.3f}", right=f"{m - wrong}/{m}")
@@ -379,7 +396,7 @@ def main():
                 tqdm.write(f"step {step + 1}: every token of P is right, stopping")
         optimizer.step()
 
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or done:
+        if save or done:
             save_artifact(args.out, artifact := {
                 "kind": "be", "stage": "recon", "vector": best["vector"], "layout": args.layout, "prompt": prompt, "step": step + 1, "config": vars(args),
                 "model": {"name": args.model, "revision": getattr(model.config, "_commit_hash", None), "fingerprint": before, "d": d},

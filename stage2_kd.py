@@ -29,6 +29,7 @@ import sys
 from pathlib import Path
 
 import jinja2
+import safetensors
 import torch
 import transformers
 from tqdm import tqdm
@@ -49,21 +50,22 @@ def settings():
     add("--resume",        action="store_true",           help="go on from --out")
     add("--init",          default="be", choices=["be", "random"], help="start from --be, or from noise (then --layout and --k count)")
     add("--layout",        default="chat", choices=["chat", "block"], help="with --init random: [BE] replaces the system message, or the whole system block")
-    add("--k",             type=int,   default=1,         help="with --init random: vectors to learn")
-    add("--lam",           type=float, default=0.9,       help="lambda, the weight of L_KD; at 1 there is no L_recon")
-    add("--tau",           type=float, default=2.0,       help="the temperature of L_KD")
-    add("--recon-every",   type=int,   default=4,         help="L_recon enters every so many steps, that much heavier: the same gradient on average, at 1/4 of its cost")
-    add("--steps",         type=int,   default=600,       help="optimizer steps")
-    add("--batch",         type=int,   default=4,         help="queries a step; many small steps beat few large ones (results/LOG.md)")
-    add("--lr",            type=float, default=3e-2,      help="peak; AdamW, linear warm-up over 10 steps, then a cosine to zero")
-    add("--answer-tokens", type=int,   default=64,        help="the teacher's answers are cut here")
-    add("--held-out",      type=float, default=0.15,      help="share of the queries kept from training; the best vector is chosen on them (at most 32)")
-    add("--self-queries",  type=int,   default=200,       help="how many, with --queries self")
-    add("--temperature",   type=float, default=0.0,       help="of the teacher's answers; 0 is greedy")
-    add("--eval-every",    type=int,   default=50,        help="steps between two looks at the held-out queries; the artifact is saved then")
+    add("--k",             type=number(int, 1), default=1,         help="with --init random: vectors to learn")
+    add("--lam",           type=number(float, 0, 1), default=0.9,       help="lambda, the weight of L_KD; at 1 there is no L_recon")
+    add("--tau",           type=number(float, 0.01), default=2.0,       help="the temperature of L_KD")
+    add("--recon-every",   type=number(int, 1), default=4,         help="L_recon enters every so many steps, that much heavier: the same gradient on average, at 1/4 of its cost")
+    add("--steps",         type=number(int, 1), default=600,       help="optimizer steps")
+    add("--batch",         type=number(int, 1), default=4,         help="queries a step; many small steps beat few large ones (results/LOG.md)")
+    add("--lr",            type=number(float, 0), default=3e-2,      help="peak; AdamW, linear warm-up over 10 steps, then a cosine to zero")
+    add("--answer-tokens", type=number(int, 1), default=64,        help="the teacher's answers are cut here")
+    add("--held-out",      type=number(float, 0.01, 0.9), default=0.15,      help="share of the queries kept from training; the best vector is chosen on them (at most 32)")
+    add("--self-queries",  type=number(int, 8), default=200,       help="how many, with --queries self")
+    add("--temperature",   type=number(float, 0), default=0.0,       help="of the teacher's answers; 0 is greedy")
+    add("--eval-every",    type=number(int, 1), default=50,        help="steps between two looks at the held-out queries; the artifact is saved then")
     add("--seed",          type=int,   default=0,         help="of the start vector, the split and the order of queries")
     add("--device",        default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: CUDA, then MPS, then CPU")
     add("--dtype",         default="auto", choices=["auto", "bf16", "fp32"],       help="of the frozen weights; [BE] itself is always fp32")
+    p.error = lambda message: fail(f"{message}; see --help")
     return p.parse_args()
 
 
@@ -72,6 +74,17 @@ def fail(message):
     """A user's mistake: one line on stderr that says what was expected, what came and what to do; exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or float from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"expected {'a number' if kind is float else 'a whole number'} from {low} to {high}, found {text}")
+        return value
+    parse.__name__ = "number" if kind is float else "whole number"
+    return parse
 # --- end shared ----------------------------------------------------------
 
 
@@ -105,9 +118,10 @@ def load_frozen(name, device, dtype, attention):
     if name == "models/smollm2-135m" and not Path(name, "config.json").exists():
         fail(f"the default model is not at {name} yet; fetch it once with: python models/prepare.py")
     try:
+        transformers.utils.logging.disable_progress_bar()
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, safetensors.SafetensorError) as e:
         fail(f"--model {name}: expected a hub name or a folder with a Llama or Qwen chat model; transformers says: {str(e).strip().splitlines()[0]}")
     if not tokenizer.chat_template:
         fail(f"--model {name}: its tokenizer has no chat template, so it is a base model; use the -Instruct or -Chat one")
@@ -187,9 +201,9 @@ def load_artifact(path, kind, model_print, d, maker, strict=True):
         fail(f"{path}: not a readable artifact ({type(e).__name__}: truncated, or another kind of file); make it again with: {maker}")
     if not isinstance(a, dict) or a.get("kind") != kind:
         fail(f"{path}: expected an artifact of kind '{kind}', found {a.get('kind', 'none') if isinstance(a, dict) else type(a).__name__!r}; make one with: {maker}")
-    if missing := {"vector", "model", "layout"} - set(a):
-        fail(f"{path}: an artifact without its {', '.join(sorted(missing))}; make it again with: {maker}")
-    v, m = a["vector"], a["model"]
+    v, m = a.get("vector"), a.get("model")
+    if not isinstance(m, dict) or a.get("layout") not in ("chat", "block") or (kind == "be" and not {"stage", "prompt"} <= set(a)):
+        fail(f"{path}: an artifact that lacks its model, layout, stage or prompt; make it again with: {maker}")
     if model_print and m.get("fingerprint") != model_print:
         if not strict:
             return None
@@ -337,11 +351,11 @@ def read_queries(path):
         if str(path).endswith(".jsonl") and line.strip():
             try:
                 row = json.loads(line)
-                line = next(row[key] for key in ("question", "query", "instruction") if key in row)
-                line.strip
+                queries.append(next(row[key] for key in ("question", "query", "instruction") if key in row).strip())
             except (ValueError, StopIteration, TypeError, AttributeError):
-                fail(f'{path}, line {n}: expected a json object with a "question", "query" or "instruction", found {line[:60]!r}')
-        queries.append(line.strip())
+                fail(f'{path}, line {n}: expected a json object with a "question", "query" or "instruction" that is a text, found {line[:60]!r}')
+        else:
+            queries.append(line.strip())
     return list(dict.fromkeys(q for q in queries if q))
 
 
@@ -561,6 +575,8 @@ def main():
                 recon = token_loss(hidden, weight, recon_target)
                 loss = loss + (1 - args.lam) * args.recon_every * recon
                 history[-1]["L_recon"] = recon.item()
+        if not math.isfinite(loss.item()):
+            fail(f"the loss is {loss.item()} in step {step}; the last good vector, if any, is in {args.out}; use a smaller --lr")
         loss.backward()
         optimizer.step()
 
@@ -575,7 +591,7 @@ def main():
                 "metrics": {"held_out_kl": best["kl"], "held_out_gap_closed": 1 - best["kl"] * tokens / base[0].item(), "n": n_held}, "history": history, "start": start,
                 "best": best, "last": be.detach().cpu(), "optimizer": optimizer.state_dict(),
                 "versions": {"nanobe": VERSION, "torch": str(torch.__version__), "transformers": transformers.__version__}})
-        bar.set_postfix(L_KD=f"{kd.item():.3f}", held_out_KL=f"{best['kl']:.4f}", gap_closed=f"{1 - best['kl'] * base[2].item() / base[0].item():.3f}")
+        bar.set_postfix(L_KD=f"{kd.item():.3f}", **({"held_out_KL": f"{best['kl']:.4f}", "gap_closed": f"{1 - best['kl'] * base[2].item() / base[0].item():.3f}"} if "step" in best else {}))
     bar.close()
 
     # the table of controls
@@ -588,7 +604,7 @@ def main():
     scores = {name: measure(test, inputs, learned) for name, (inputs, learned) in controls.items()}
     draws = torch.randint(len(test), (1000, len(test)), generator=torch.Generator().manual_seed(0)) # bootstrap over queries
     table = {}
-    print(f"\n{len(test)} {'test' if test_queries else 'held-out'} queries, {int(scores['no prompt'][:, 2].sum())} answer tokens; 95% interval over queries\n")
+    print(f"\n{len(test)} {'test' if test_queries else 'held-out'} queries, {int(scores['no prompt (empty slot)'][:, 2].sum())} answer tokens; 95% interval over queries\n")
     print(f"{'':24s}{'KL':>8s}{'top-1':>8s}{'gap closed':>12s}{'95%':>18s}{'tokens in place of the prompt':>32s}")
     for name, x in scores.items():
         inputs = controls[name][0]

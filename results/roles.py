@@ -58,7 +58,7 @@ if __name__ == "__main__":
     for role, k in [(r, k) for k in args.k for r in args.roles]:
         out = f"out/roles/{role}.k{k}.s{args.seed}"
         commands = [f"python stage1_recon.py --prompt data/rolellm/{role}.txt --out {out}.recon.pt --k {k} --seed {args.seed} {args.stage1}".strip(),
-                    f"python stage2_kd.py --prompt data/rolellm/{role}.txt --be {out}.recon.pt --out {out}.be.pt --seed {args.seed} {args.stage2}".strip()]
+                    f"python stage2_kd.py --prompt data/rolellm/{role}.txt --be {out}.recon.pt --out {out}.be.pt --seed {args.seed} --k {k} {args.stage2}".strip()]
         if any(r["commands"] == commands for r in rows):
             continue
         Path(HERE.parent, out).parent.mkdir(parents=True, exist_ok=True)
