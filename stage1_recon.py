@@ -43,7 +43,7 @@ def settings():
     add("--resume",      action="store_true",           help="go on from --out")
     add("--layout",      default="chat", choices=["chat", "block"], help="[BE] replaces the system message, or the whole system block")
     add("--k",           type=number(int, 1), default=1,         help="vectors to learn; 1 is the paper's")
-    add("--steps",       type=number(int, 1), default=120,       help="at most; it stops when every token of P is right. Thousands, to get a prompt of 100 tokens back in full")
+    add("--steps",       type=number(int, 1), default=60,       help="at most; it stops when every token of P is right. Thousands, to get a prompt of 100 tokens back in full")
     add("--lr",          type=number(float, 0), default=3e-2,      help="peak; AdamW, linear warm-up over 10 steps, then a cosine to zero")
     add("--save-every",  type=number(int, 1), default=50,        help="steps between two saves")
     add("--seed",        type=int,   default=0,         help="of the start vector")

@@ -54,18 +54,21 @@ if __name__ == "__main__":
     p.add_argument("--stage2", default="--answer-tokens 32", help="options for stage2_kd.py")
     args = p.parse_args()
     path = HERE / "roles.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    def done():
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
     for role, k in [(r, k) for k in args.k for r in args.roles]:
         out = f"out/roles/{role}.k{k}.s{args.seed}"
         commands = [f"python stage1_recon.py --prompt data/rolellm/{role}.txt --out {out}.recon.pt --k {k} --seed {args.seed} {args.stage1}".strip(),
                     f"python stage2_kd.py --prompt data/rolellm/{role}.txt --be {out}.recon.pt --out {out}.be.pt --seed {args.seed} --k {k} {args.stage2}".strip()]
-        if any(r["commands"] == commands for r in rows):
+        if any(r["commands"] == commands for r in done()):
             continue
         Path(HERE.parent, out).parent.mkdir(parents=True, exist_ok=True)
         seconds, peak = zip(*[timed(c, HERE.parent / f"{out}.log") for c in commands])
         be = torch.load(HERE.parent / f"{out}.be.pt", weights_only=True)
-        rows.append({"role": role, "k": k, "seed": args.seed, "controls": be["metrics"]["controls"], "held_out_gap_closed": be["metrics"]["held_out_gap_closed"], "seconds": seconds,
-                     "peak_gb": peak, "threads": torch.get_num_threads(), "commands": commands})
-        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-        (HERE / "roles.md").write_text(report(rows))
-    print(report(rows))
+        row = {"role": role, "k": k, "seed": args.seed, "controls": be["metrics"]["controls"], "held_out_gap_closed": be["metrics"]["held_out_gap_closed"], "seconds": seconds,
+               "peak_gb": peak, "threads": torch.get_num_threads(), "commands": commands}
+        with open(path, "a") as f:                                            # a row is one write, so two of these can run at once
+            f.write(json.dumps(row) + "\n")
+    (HERE / "roles.md").write_text(report(done()))
+    print(report(done()))
