@@ -56,7 +56,7 @@ def settings():
     add("--recon-every",   type=number(int, 1), default=4,         help="L_recon enters every so many steps, that much heavier: the same gradient on average, at 1/4 of its cost")
     add("--steps",         type=number(int, 1), default=600,       help="optimizer steps")
     add("--batch",         type=number(int, 1), default=4,         help="queries a step; many small steps beat few large ones (results/LOG.md)")
-    add("--lr",            type=number(float, 0), default=3e-2,      help="peak; AdamW, linear warm-up over 10 steps, then a cosine to zero")
+    add("--lr",            type=number(float, 0), default=3e-2,      help="peak; linear warm-up over 10 steps, then a cosine to zero")
     add("--answer-tokens", type=number(int, 1), default=64,        help="the teacher's answers are cut here")
     add("--held-out",      type=number(float, 0.01, 0.9), default=0.15,      help="share of the queries kept from training; the best vector is chosen on them (at most 32)")
     add("--self-queries",  type=number(int, 8), default=200,       help="how many, with --queries self")
@@ -466,6 +466,12 @@ def answer_hidden(model, rows, answers, learned):
     return torch.cat([h[len(r) - 1:len(r) - 1 + len(a)] for h, r, a in zip(hidden, rows, answers)])
 
 
+def inverse_root(moment, damping=0.03):
+    """Second moments (k, d, d) -> their inverse square roots, the eigenvalues lifted by `damping` times the largest: few gradients have been seen, many directions never."""
+    value, vector = torch.linalg.eigh(moment)
+    return (vector * (value.clamp(min=0) + damping * value[..., -1:] + 1e-30).rsqrt()[..., None, :]) @ vector.mT
+
+
 @torch.no_grad()
 def evaluate(model, rows, answers, hidden, learned):
     """Against the teacher, at tau 1 -> (Q, 3): for each query the sum over its answer tokens of KL in nats, the tokens with the same top-1, the tokens."""
@@ -545,13 +551,17 @@ def main():
     base = measure(held, none, no_vector).sum(0)
 
     # the one trainable tensor; L_recon as in stage 1
-    be = torch.nn.Parameter(start.clone().to(device))                                                # (k, d) fp32
-    optimizer = torch.optim.AdamW([be], lr=args.lr, weight_decay=0)
+    be = start.clone().to(device)                                                                    # (k, d) fp32
     first, best, history = 0, {"kl": math.inf}, []
+    # Adam's moments, and the whole second moment of which Adam keeps the diagonal: for one vector that is a (d, d) matrix, so it can be had
+    zeros = torch.zeros(k, d, device=device)
+    optimizer = {"first": zeros, "second": zeros.clone(), "whole": zeros[..., None] * zeros[:, None], "root": zeros[..., None] * zeros[:, None]}
     if args.resume:
-        be.data.copy_(saved["last"])
-        optimizer.load_state_dict(saved["optimizer"])
         first, best, history = saved["step"], saved["best"], saved["history"]
+        be.copy_(saved["last"])
+        if first < args.steps and "optimizer" not in saved:
+            fail(f"--resume: {args.out} is a finished run of {first} steps, and --steps asks for {args.steps}; run without --resume to start anew")
+        optimizer = {name: moment.to(device) for name, moment in saved.get("optimizer", {}).items()}
     if args.lam < 1:
         ae = find_ae(args.ae, before, d, args.model).to(device)                                      # (1, d) fp32, not trained
         opening = rows[0][:rows[0].index(-1)] + slot + [-1 - k]                                      # ... [BE] [AE]
@@ -562,34 +572,47 @@ def main():
         per_epoch = len(train) // args.batch                                                         # the order depends on seed and step alone: a resumed run sees the same
         order = random.Random(f"{args.seed} {step // per_epoch}").sample(train, len(train))
         part = order[step % per_epoch * args.batch:][:args.batch]
-        optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        optimizer.zero_grad()
+        lr = args.lr * min(1, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        # a copy of [BE] for each query, and one for L_recon, so that the backward pass leaves each one's own gradient
+        n = args.batch + 1
+        copies = be.repeat(n, 1).requires_grad_()                                           # (n k, d)
+        inputs = [[t - k * j if t < 0 else t for t in rows[i]] for j, i in enumerate(part)]          # query j reads copy j
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            hidden = answer_hidden(model, [rows[i] for i in part], [answers[i] for i in part], be)   # (sum T, d)
+            hidden = answer_hidden(model, inputs, [answers[i] for i in part], copies)                # (sum T, d)
             target = torch.cat([teacher_hidden[i] for i in part]).to(hidden)                         # (sum T, d)
             kd = token_loss(hidden, weight, target, args.tau)
             loss = args.lam * kd
             history.append({"step": step, "L_KD": kd.item()})
             if args.lam < 1 and step % args.recon_every == 0:
-                hidden = body(inputs_embeds=embed(model, recon_ids, torch.cat([be, ae])), use_cache=False).last_hidden_state[0, -len(s):]
+                hidden = body(inputs_embeds=embed(model, recon_ids, torch.cat([copies[-k:], ae])), use_cache=False).last_hidden_state[0, -len(s):]
                 recon = token_loss(hidden, weight, recon_target)
                 loss = loss + (1 - args.lam) * args.recon_every * recon
                 history[-1]["L_recon"] = recon.item()
         if not math.isfinite(loss.item()):
             fail(f"the loss is {loss.item()} in step {step}; the last good vector, if any, is in {args.out}; use a smaller --lr")
         loss.backward()
-        optimizer.step()
+        grads = copies.grad.view(n, k, d) * n                                                        # their mean is the gradient of the loss
+        o = optimizer
+        o["first"].lerp_(grads.mean(0), 0.1)
+        o["second"].lerp_(grads.mean(0) ** 2, 0.001)
+        o["whole"].lerp_(torch.einsum("nki,nkj->kij", grads, grads) / n, 0.01)
+        if step < 10 or step % 10 == 0:
+            o["root"] = inverse_root(o["whole"] / (1 - 0.99 ** (step + 1)))                          # (k, d, d)
+        mean = o["first"] / (1 - 0.9 ** (step + 1))                                                  # (k, d)
+        adam = mean / ((o["second"] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+        move = (o["root"] @ mean[..., None])[..., 0]
+        be -= lr * move * adam.norm() / (move.norm() + 1e-12)                                   # the whole matrix gives the direction, Adam the length
 
         if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            kl, _, tokens = measure(held, rows, be.detach()).sum(0).tolist()
+            kl, _, tokens = measure(held, rows, be).sum(0).tolist()
             history[-1]["held-out KL"] = kl / tokens
             if kl / tokens < best["kl"]:
-                best = {"kl": kl / tokens, "step": step + 1, "vector": be.detach().cpu().clone()}
+                best = {"kl": kl / tokens, "step": step + 1, "vector": be.cpu().clone()}
             save_artifact(args.out, artifact := {
                 "kind": "be", "stage": "kd", "vector": best["vector"], "layout": layout, "prompt": prompt, "step": step + 1, "config": vars(args),
                 "model": {"name": args.model, "revision": getattr(model.config, "_commit_hash", None), "fingerprint": before, "d": d},
                 "metrics": {"held_out_kl": best["kl"], "held_out_gap_closed": 1 - best["kl"] * tokens / base[0].item(), "n": n_held}, "history": history, "start": start,
-                "best": best, "last": be.detach().cpu(), "optimizer": optimizer.state_dict(),
+                "best": best, "last": be.cpu(), "optimizer": optimizer,
                 "versions": {"nanobe": VERSION, "torch": str(torch.__version__), "transformers": transformers.__version__}})
         bar.set_postfix(L_KD=f"{kd.item():.3f}", **({"held_out_KL": f"{best['kl']:.4f}", "gap_closed": f"{1 - best['kl'] * base[2].item() / base[0].item():.3f}"} if "step" in best else {}))
     bar.close()
@@ -615,6 +638,7 @@ def main():
         print("{:24s}{kl:8.4f}{top1:8.1%}{gap_closed:12.3f}{:>18s}{tokens:12.0f}".format(name, "{:.3f} to {:.3f}".format(*table[name]["gap_closed_95"]), **table[name]))
     if args.steps > first:
         artifact["metrics"]["controls"] = table
+        del artifact["optimizer"]                                                                    # megabytes, and the run is done
         save_artifact(args.out, artifact)
         plot(Path(args.out).with_suffix(".kd.png"), history, f"stage 2: {Path(args.prompt).name}")
     assert fingerprint(model) == before, "the frozen model has changed"

@@ -87,7 +87,7 @@ def test_every_stage_writes_its_artifact(after_2, scripts, checkpoints):
     model, tokenizer = scripts.kd.load_frozen(after_2.model, CPU, torch.float32, "eager")
     for artifact, kind, shape in [(after_2.ae, "ae", (1, 64)), (after_2.recon, "be", (2, 64)), (after_2.kd, "be", (2, 64))]:
         assert artifact["kind"] == kind and artifact["vector"].shape == shape and artifact["vector"].dtype == torch.float32
-        assert {"vector", "model", "layout", "step", "config", "metrics", "history", "versions", "optimizer"} <= set(artifact)
+        assert {"vector", "model", "layout", "step", "config", "metrics", "history", "versions"} <= set(artifact)
         assert artifact["model"]["name"] == after_2.model and artifact["model"]["d"] == 64
         assert artifact["model"]["fingerprint"] == scripts.kd.fingerprint(model)
     assert [a["step"] for a in (after_2.ae, after_2.recon, after_2.kd)] == [24, 40, 20]

@@ -41,7 +41,7 @@ def test_no_script_imports_another():
 # --- artifacts
 
 def artifact(**changes):
-    return {"kind": "be", "vector": torch.ones(2, 64), "model": {"name": "tiny", "fingerprint": "abc", "d": 64}, "layout": "chat"} | changes
+    return {"kind": "be", "vector": torch.ones(2, 64), "model": {"name": "tiny", "fingerprint": "abc", "d": 64}, "layout": "chat", "stage": "kd", "prompt": {}} | changes
 
 
 def test_an_artifact_comes_back_as_it_was_saved(scripts, tmp_path):
