@@ -209,6 +209,13 @@ def save_artifact(path, artifact):
         f.flush()
         os.fsync(f.fileno())
     os.replace(f"{path}.tmp", path)
+
+
+def check_resume(saved, args):
+    """--resume goes on with the settings that the run began with: exits with one line where one of them has changed."""
+    for name, value in saved["config"].items():
+        if name not in ("resume", "out", "device", "dtype") and getattr(args, name, value) != value:
+            fail(f"--resume: {args.out} began with --{name.replace('_', '-')} {value}, now it is {getattr(args, name)}; give the same, or run without --resume to start anew")
 # --- end shared ----------------------------------------------------------
 
 
@@ -334,9 +341,10 @@ def main():
     noise = table.mean(0) + table.std(0) * torch.randn(1, d)
     ae = torch.nn.Parameter(noise.clone().to(device))                                               # (1, d) fp32
     optimizer = torch.optim.AdamW([ae], lr=args.lr, weight_decay=0)
-    first, best, history = 0, {"loss": math.inf, "vector": noise}, []
+    first, best, history, artifact = 0, {"loss": math.inf, "vector": noise}, [], None
     if args.resume:
         saved = load_artifact(args.out, "ae", before, d, f"python stage0_ae.py --model {args.model}")
+        check_resume(saved, args)
         ae.data.copy_(saved["last"])
         optimizer.load_state_dict(saved["optimizer"])
         first, best, history = saved["step"], saved["best"], saved["history"]
@@ -396,8 +404,8 @@ def main():
             loss, right, back = copy_scores(model, ids, vector, start, end, greedy=True)
             report[f"{n} {name}"] = {"loss": loss, "right": right, "greedy": back, "n": len(ids)}
             print(f"{n:4d} tokens, {name:7s} n = {len(ids):3d}   loss {loss:.4f}   right with the true past given {right:7.2%}   given back by greedy decoding {back:7.2%}", flush=True)
-    if args.steps > first:
-        save_artifact(args.out, artifact | {"report": report})
+    if (artifact or saved).get("report") != report:
+        save_artifact(args.out, (artifact or saved) | {"report": report})
     assert fingerprint(model) == before, "the frozen model has changed"
     print(f"wrote {args.out}: {d} trained numbers; every weight of the model is as it was\nnext: python stage1_recon.py --prompt prompts/pirate.txt")
 

@@ -7,7 +7,7 @@
     python stage1_recon.py --prompt prompts/pirate.txt            # any text file; the default model -> out/be.pt
     python stage1_recon.py --prompt p.txt --k 4                   # four vectors instead of one
     python stage1_recon.py --prompt prompts/gsm8k_8shot.json      # a dialogue: {"messages": [...]}
-    python stage1_recon.py --prompt p.txt --steps 2000 --resume   # go on, further
+    python stage1_recon.py --prompt p.txt --steps 2000            # longer; with --resume it goes on where a killed run stopped
     python stage1_recon.py --prompt p.txt --model meta-llama/Llama-3.2-1B-Instruct
 
 Reads   the prompt; [AE] from out/ae.pt, or from artifacts/ for the default model.
@@ -207,6 +207,13 @@ def save_artifact(path, artifact):
         f.flush()
         os.fsync(f.fileno())
     os.replace(f"{path}.tmp", path)
+
+
+def check_resume(saved, args):
+    """--resume goes on with the settings that the run began with: exits with one line where one of them has changed."""
+    for name, value in saved["config"].items():
+        if name not in ("resume", "out", "device", "dtype") and getattr(args, name, value) != value:
+            fail(f"--resume: {args.out} began with --{name.replace('_', '-')} {value}, now it is {getattr(args, name)}; give the same, or run without --resume to start anew")
 # --- end shared ----------------------------------------------------------
 
 
@@ -367,8 +374,9 @@ def main():
     prompt = {"sha256": hashlib.sha256(json.dumps(messages).encode()).hexdigest(), "tokens": m, "messages": messages}
     if args.resume:
         artifact = load_artifact(args.out, "be", before, d, f"python stage1_recon.py --prompt {args.prompt}")
-        if artifact["stage"] != "recon" or artifact["prompt"]["sha256"] != prompt["sha256"] or artifact["layout"] != args.layout or artifact["last"].shape != be.shape:
-            fail(f"--resume: {args.out} is a stage {artifact['stage']} artifact of another prompt, layout or k; run without --resume to start anew")
+        if artifact["stage"] != "recon" or artifact["prompt"]["sha256"] != prompt["sha256"]:
+            fail(f"--resume: {args.out} is of stage {artifact['stage']} or of another prompt; run without --resume to start anew")
+        check_resume(artifact, args)
         be.data.copy_(artifact["last"])
         optimizer.load_state_dict(artifact["optimizer"])
         first, best, history = artifact["step"], artifact["best"], artifact["history"]

@@ -223,6 +223,13 @@ def save_artifact(path, artifact):
         f.flush()
         os.fsync(f.fileno())
     os.replace(f"{path}.tmp", path)
+
+
+def check_resume(saved, args):
+    """--resume goes on with the settings that the run began with: exits with one line where one of them has changed."""
+    for name, value in saved["config"].items():
+        if name not in ("resume", "out", "device", "dtype") and getattr(args, name, value) != value:
+            fail(f"--resume: {args.out} began with --{name.replace('_', '-')} {value}, now it is {getattr(args, name)}; give the same, or run without --resume to start anew")
 # --- end shared ----------------------------------------------------------
 
 
@@ -513,6 +520,8 @@ def main():
             fail(f"{args.out if args.resume else args.be}: its vector was made for another prompt than {args.prompt}; make one with: {maker}")
         if args.resume and saved["stage"] != "kd":
             fail(f"--resume: {args.out} comes from stage 1, so there is no run of stage 2 to go on with; run without --resume")
+        if args.resume:
+            check_resume(saved, args)
         layout, start = saved["layout"], saved["start"] if saved["stage"] == "kd" else saved["vector"]    # run again over its own output, it starts where it started before
     k = len(start)
     slot = [-1 - i for i in range(k)]
@@ -559,8 +568,6 @@ def main():
     if args.resume:
         first, best, history = saved["step"], saved["best"], saved["history"]
         be.copy_(saved["last"])
-        if first < args.steps and "optimizer" not in saved:
-            fail(f"--resume: {args.out} is a finished run of {first} steps, and --steps asks for {args.steps}; run without --resume to start anew")
         optimizer = {name: moment.to(device) for name, moment in saved.get("optimizer", {}).items()}
     if args.lam < 1:
         ae = find_ae(args.ae, before, d, args.model).to(device)                                      # (1, d) fp32, not trained
@@ -575,7 +582,7 @@ def main():
         lr = args.lr * min(1, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
         # a copy of [BE] for each query, and one for L_recon, so that the backward pass leaves each one's own gradient
         n = args.batch + 1
-        copies = be.repeat(n, 1).requires_grad_()                                           # (n k, d)
+        copies = be.repeat(n, 1).requires_grad_()                                                    # (n k, d)
         inputs = [[t - k * j if t < 0 else t for t in rows[i]] for j, i in enumerate(part)]          # query j reads copy j
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             hidden = answer_hidden(model, inputs, [answers[i] for i in part], copies)                # (sum T, d)
@@ -591,11 +598,11 @@ def main():
         if not math.isfinite(loss.item()):
             fail(f"the loss is {loss.item()} in step {step}; the last good vector, if any, is in {args.out}; use a smaller --lr")
         loss.backward()
-        grads = copies.grad.view(n, k, d) * n                                                        # their mean is the gradient of the loss
-        o = optimizer
-        o["first"].lerp_(grads.mean(0), 0.1)
-        o["second"].lerp_(grads.mean(0) ** 2, 0.001)
-        o["whole"].lerp_(torch.einsum("nki,nkj->kij", grads, grads) / n, 0.01)
+        grads = copies.grad.view(n, k, d)
+        o, own = optimizer, grads[:-1]                                                               # own (B, k, d): L_recon is no sample of the queries' spread
+        o["first"].lerp_(grads.sum(0), 0.1)
+        o["second"].lerp_(grads.sum(0) ** 2, 0.001)
+        o["whole"].lerp_(torch.einsum("bki,bkj->kij", own, own), 0.01)
         if step < 10 or step % 10 == 0:
             o["root"] = inverse_root(o["whole"] / (1 - 0.99 ** (step + 1)))                          # (k, d, d)
         mean = o["first"] / (1 - 0.9 ** (step + 1))                                                  # (k, d)
