@@ -22,7 +22,7 @@ test: .venv/installed
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m "not slow" tests
 
 test-slow: .venv/installed $(MODEL)
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m slow tests
 
 .venv/installed: requirements.txt constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "nanoBE needs Python 3.10 or newer, this is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2])'

@@ -68,13 +68,14 @@ def pick_device(device, dtype):
         fail(f"--device {device}: this PyTorch sees no {device} device; use --device auto or cpu")
     if device == "cuda":        # bf16 weights too: autocast would cast frozen fp32 weights anew in every step
         fast, why = torch.bfloat16, "autocast"
-        attention = "flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa"
+        flash = importlib.util.find_spec("flash_attn") and dtype != "fp32" and torch.cuda.get_device_capability()[0] >= 8
+        attention = "flash_attention_2" if flash else "sdpa"
     elif device == "mps":
         fast, why, attention = torch.float32, "the safe choice on MPS", "sdpa"
-    else:                       # AMX or AVX512-BF16: bf16 is twice as fast as fp32 (bench in results/); other CPUs emulate it, slower than fp32
+    else:                       # AMX or AVX512-BF16: a step in bf16 takes 0.6 of fp32's time (results/LOG.md); other CPUs emulate it, slower than fp32
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         fast, why = (torch.bfloat16, "this CPU multiplies bf16 natively") if native else (torch.float32, "this CPU has no native bf16")
-        attention = "eager"     # SDPA's CPU backward is the slower one at chat lengths
+        attention = "eager"     # as fast as SDPA at chat lengths, twice as fast on CPUs with AMX
     dtype = {"auto": fast, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads" if device == "cpu" else "Apple GPU"
     print(f"device: {device} ({name}), weights {str(dtype)[6:]} ({why if dtype == fast else 'as asked'}), attention {attention}")
@@ -91,7 +92,7 @@ def load_frozen(name, device, dtype, attention):
         transformers.utils.logging.disable_progress_bar()
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
-    except (OSError, ValueError, safetensors.SafetensorError) as e:
+    except (OSError, ValueError, ImportError, safetensors.SafetensorError) as e:
         fail(f"--model {name}: expected a hub name or a folder with a Llama or Qwen chat model; transformers says: {str(e).strip().splitlines()[0]}")
     if not tokenizer.chat_template:
         fail(f"--model {name}: its tokenizer has no chat template, so it is a base model; use the -Instruct or -Chat one")

@@ -82,13 +82,14 @@ def pick_device(device, dtype):
         fail(f"--device {device}: this PyTorch sees no {device} device; use --device auto or cpu")
     if device == "cuda":        # bf16 weights too: autocast would cast frozen fp32 weights anew in every step
         fast, why = torch.bfloat16, "autocast"
-        attention = "flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa"
+        flash = importlib.util.find_spec("flash_attn") and dtype != "fp32" and torch.cuda.get_device_capability()[0] >= 8
+        attention = "flash_attention_2" if flash else "sdpa"
     elif device == "mps":
         fast, why, attention = torch.float32, "the safe choice on MPS", "sdpa"
-    else:                       # AMX or AVX512-BF16: bf16 is twice as fast as fp32 (bench in results/); other CPUs emulate it, slower than fp32
+    else:                       # AMX or AVX512-BF16: a step in bf16 takes 0.6 of fp32's time (results/LOG.md); other CPUs emulate it, slower than fp32
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         fast, why = (torch.bfloat16, "this CPU multiplies bf16 natively") if native else (torch.float32, "this CPU has no native bf16")
-        attention = "eager"     # SDPA's CPU backward is the slower one at chat lengths
+        attention = "eager"     # as fast as SDPA at chat lengths, twice as fast on CPUs with AMX
     dtype = {"auto": fast, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads" if device == "cpu" else "Apple GPU"
     print(f"device: {device} ({name}), weights {str(dtype)[6:]} ({why if dtype == fast else 'as asked'}), attention {attention}")
@@ -105,7 +106,7 @@ def load_frozen(name, device, dtype, attention):
         transformers.utils.logging.disable_progress_bar()
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
-    except (OSError, ValueError, safetensors.SafetensorError) as e:
+    except (OSError, ValueError, ImportError, safetensors.SafetensorError) as e:
         fail(f"--model {name}: expected a hub name or a folder with a Llama or Qwen chat model; transformers says: {str(e).strip().splitlines()[0]}")
     if not tokenizer.chat_template:
         fail(f"--model {name}: its tokenizer has no chat template, so it is a base model; use the -Instruct or -Chat one")
@@ -380,12 +381,12 @@ def main():
         be.data.copy_(artifact["last"])
         optimizer.load_state_dict(artifact["optimizer"])
         first, best, history = artifact["step"], artifact["best"], artifact["history"]
+    done = args.resume and best["right"] == m
 
-    done = False
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="[BE] recon", dynamic_ncols=True)
+    bar = tqdm(range(args.steps if done else first, args.steps), initial=first, total=args.steps, desc="[BE] recon", dynamic_ncols=True)
     for step in bar:
         optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and dtype == torch.bfloat16):
             hidden = body(inputs_embeds=embed(model, ids, torch.cat([be, ae])), use_cache=False).last_hidden_state[0, -m:]      # (m, d)
             loss = token_loss(hidden, weight, target)
         optimizer.zero_grad()
@@ -393,22 +394,20 @@ def main():
         if not math.isfinite(loss.item()):
             fail(f"the loss is {loss.item()} in step {step}; the last good vector, if any, is in {args.out}; use a smaller --lr")
         history.append({"step": step, "recon": loss.item()})
-        if loss.item() < best["loss"]:      # each step sees all of P: this is the exact loss of the vector as it stood before the step
-            best = {"loss": loss.item(), "step": step, "vector": be.detach().cpu().clone()}
-        save = (step + 1) % args.save_every == 0 or step + 1 == args.steps
-        if save or step % 10 == 9:
-            wrong = sum(((h @ weight.T).argmax(-1) != t).sum().item() for h, t in zip(hidden.detach().split(128), target.split(128)))
-            done = wrong == 0
-            bar.set_postfix(recon=f"{loss.item():.3f}", right=f"{m - wrong}/{m}")
-            if done:
-                tqdm.write(f"step {step + 1}: every token of P is right, stopping")
+        right = sum(((h @ weight.T).argmax(-1) == t).sum().item() for h, t in zip(hidden.detach().split(128), target.split(128)))
+        if loss.item() < best["loss"] or right == m:        # each step sees all of P: these are the exact scores of the vector as it stood before the step
+            best = {"loss": loss.item(), "right": right, "step": step, "vector": be.detach().cpu().clone()}
+        done = right == m
+        bar.set_postfix(recon=f"{loss.item():.3f}", right=f"{right}/{m}")
+        if done:
+            tqdm.write(f"step {step + 1}: every token of P is right, stopping")
         optimizer.step()
 
-        if save or done:
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or done:
             save_artifact(args.out, artifact := {
                 "kind": "be", "stage": "recon", "vector": best["vector"], "layout": args.layout, "prompt": prompt, "step": step + 1, "config": vars(args),
                 "model": {"name": args.model, "revision": getattr(model.config, "_commit_hash", None), "fingerprint": before, "d": d},
-                "metrics": {"recon": best["loss"], "right": m - wrong, "n": m}, "history": history, "best": best, "last": be.detach().cpu(),
+                "metrics": {"recon": best["loss"], "right": best["right"], "n": m}, "history": history, "best": best, "last": be.detach().cpu(),
                 "optimizer": optimizer.state_dict(), "versions": {"nanobe": VERSION, "torch": str(torch.__version__), "transformers": transformers.__version__}})
         if done:
             break
@@ -418,9 +417,9 @@ def main():
     led = next((j for j, (a, b) in enumerate(zip(said, s)) if a != b), m)
     plot(Path(args.out).with_suffix(".recon.png"), history, f"stage 1: giving back {m} tokens of {Path(args.prompt).name}")
     assert fingerprint(model) == before, "the frozen model has changed"
-    print(f"loss {best['loss']:.3f} nats a token (perplexity {math.exp(best['loss']):.1f}); with the true past given {artifact['metrics']['right']} of {m} tokens are right;"
+    print(f"loss {best['loss']:.3f} nats a token (perplexity {math.exp(best['loss']):.1f}); with the true past given {best['right']} of {m} tokens are right;"
           f" greedy decoding gives back the first {led}, and {sum(a == b for a, b in zip(said, s))} in their places")
-    print(f"wrote {args.out}: {be.numel()} trained numbers; every weight of the model is as it was\nnext: python stage2_kd.py --prompt {args.prompt}")
+    print(f"wrote {args.out}: {be.numel()} trained numbers; every weight of the model is as it was\nnext: python stage2_kd.py --prompt {args.prompt} --be {args.out}" + f" --model {args.model}" * (args.model != "models/smollm2-135m"))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 
 The teacher is the same frozen model with the full prompt; z_T are its logits along its own answer. The student reads [BE] in the prompt's place and the same answer.
 The teacher answers every query once, before training, and its last hidden states stay on disk: z = W h gives the logits back at 1/50 to 1/250 of their size.
+The optimizer is Adam with the gradient's whole second moment in place of its diagonal: for one vector that is only a (d, d) matrix (results/LOG.md).
 
     python stage2_kd.py --prompt prompts/pirate.txt                          # from stage 1's out/be.pt, questions from prompts/pirate.queries.txt -> out/be.pt
     python stage2_kd.py --prompt p.txt                                       # no question file: the model itself is asked what its users would ask
@@ -12,7 +13,7 @@ The teacher answers every query once, before training, and its last hidden state
     python stage2_kd.py --prompt p.txt --resume                              # go on where a killed run stopped
 
 Reads   the prompt, queries, out/be.pt of stage 1, [AE].
-Writes  out/be.pt, out/be.kd.png, and the teacher's answers in out/teacher-*.
+Writes  out/be.pt, out/be.kd.png, the teacher's answers in out/teacher-*, and with self the questions in out/queries-*.txt.
 Expect  EXPECT_LAPTOP
 """
 import argparse
@@ -98,13 +99,14 @@ def pick_device(device, dtype):
         fail(f"--device {device}: this PyTorch sees no {device} device; use --device auto or cpu")
     if device == "cuda":        # bf16 weights too: autocast would cast frozen fp32 weights anew in every step
         fast, why = torch.bfloat16, "autocast"
-        attention = "flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa"
+        flash = importlib.util.find_spec("flash_attn") and dtype != "fp32" and torch.cuda.get_device_capability()[0] >= 8
+        attention = "flash_attention_2" if flash else "sdpa"
     elif device == "mps":
         fast, why, attention = torch.float32, "the safe choice on MPS", "sdpa"
-    else:                       # AMX or AVX512-BF16: bf16 is twice as fast as fp32 (bench in results/); other CPUs emulate it, slower than fp32
+    else:                       # AMX or AVX512-BF16: a step in bf16 takes 0.6 of fp32's time (results/LOG.md); other CPUs emulate it, slower than fp32
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         fast, why = (torch.bfloat16, "this CPU multiplies bf16 natively") if native else (torch.float32, "this CPU has no native bf16")
-        attention = "eager"     # SDPA's CPU backward is the slower one at chat lengths
+        attention = "eager"     # as fast as SDPA at chat lengths, twice as fast on CPUs with AMX
     dtype = {"auto": fast, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads" if device == "cpu" else "Apple GPU"
     print(f"device: {device} ({name}), weights {str(dtype)[6:]} ({why if dtype == fast else 'as asked'}), attention {attention}")
@@ -121,7 +123,7 @@ def load_frozen(name, device, dtype, attention):
         transformers.utils.logging.disable_progress_bar()
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
-    except (OSError, ValueError, safetensors.SafetensorError) as e:
+    except (OSError, ValueError, ImportError, safetensors.SafetensorError) as e:
         fail(f"--model {name}: expected a hub name or a folder with a Llama or Qwen chat model; transformers says: {str(e).strip().splitlines()[0]}")
     if not tokenizer.chat_template:
         fail(f"--model {name}: its tokenizer has no chat template, so it is a base model; use the -Instruct or -Chat one")
@@ -350,7 +352,7 @@ def plot(path, history, title):
 def read_queries(path):
     """The queries of a .txt (one a line) or .jsonl file ("question", "query" or "instruction") -> list of texts, without empty and repeated ones."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         fail(f"{path}: expected a .txt or .jsonl file of queries in UTF-8, but it cannot be read: {getattr(e, 'strerror', None) or 'not UTF-8'}")
     queries = []
@@ -404,9 +406,10 @@ def generate(model, rows, stop, limit, temperature=0.0, seed=0, skip=()):
             ended = torch.isin(torch.cat(said, 1), stop.to(ids.device))                             # (B, t)
             if ended.any(1).all():
                 break
+        said, hidden = torch.cat(said, 1), torch.stack(hidden, 1)                                   # (B, t), (B, t, d)
         for row, i in enumerate(part):
-            length = int(ended[row].float().argmax()) + 1 if ended[row].any() else len(said)
-            yield i, torch.cat(said, 1)[row, :length].tolist(), torch.stack(hidden, 1)[row, :length]
+            length = int(ended[row].float().argmax()) + 1 if ended[row].any() else said.shape[1]
+            yield i, said[row, :length].tolist(), hidden[row, :length]
 
 
 def teacher(model, rows, stop, limit, temperature, seed, key, folder):
@@ -475,7 +478,7 @@ def answer_hidden(model, rows, answers, learned):
 
 def inverse_root(moment, damping=0.03):
     """Second moments (k, d, d) -> their inverse square roots, the eigenvalues lifted by `damping` times the largest: few gradients have been seen, many directions never."""
-    value, vector = torch.linalg.eigh(moment)
+    value, vector = (x.to(moment.device) for x in torch.linalg.eigh(moment.cpu() if moment.is_mps else moment))      # MPS has no eigh
     return (vector * (value.clamp(min=0) + damping * value[..., -1:] + 1e-30).rsqrt()[..., None, :]) @ vector.mT
 
 
@@ -561,7 +564,7 @@ def main():
 
     # the one trainable tensor; L_recon as in stage 1
     be = start.clone().to(device)                                                                    # (k, d) fp32
-    first, best, history = 0, {"kl": math.inf}, []
+    first, best, history, artifact = 0, {"kl": math.inf, "step": 0, "vector": start}, [], saved
     # Adam's moments, and the whole second moment of which Adam keeps the diagonal: for one vector that is a (d, d) matrix, so it can be had
     zeros = torch.zeros(k, d, device=device)
     optimizer = {"first": zeros, "second": zeros.clone(), "whole": zeros[..., None] * zeros[:, None], "root": zeros[..., None] * zeros[:, None]}
@@ -569,6 +572,8 @@ def main():
         first, best, history = saved["step"], saved["best"], saved["history"]
         be.copy_(saved["last"])
         optimizer = {name: moment.to(device) for name, moment in saved.get("optimizer", {}).items()}
+    if device.type == "cpu" and len(s) > 1024:
+        model.set_attn_implementation("sdpa")               # eager keeps (heads, T, T) a layer for L_recon's backward pass: 20 GB at 3,000 tokens
     if args.lam < 1:
         ae = find_ae(args.ae, before, d, args.model).to(device)                                      # (1, d) fp32, not trained
         opening = rows[0][:rows[0].index(-1)] + slot + [-1 - k]                                      # ... [BE] [AE]
@@ -584,7 +589,7 @@ def main():
         n = args.batch + 1
         copies = be.repeat(n, 1).requires_grad_()                                                    # (n k, d)
         inputs = [[t - k * j if t < 0 else t for t in rows[i]] for j, i in enumerate(part)]          # query j reads copy j
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and dtype == torch.bfloat16):
             hidden = answer_hidden(model, inputs, [answers[i] for i in part], copies)                # (sum T, d)
             target = torch.cat([teacher_hidden[i] for i in part]).to(hidden)                         # (sum T, d)
             kd = token_loss(hidden, weight, target, args.tau)
@@ -621,7 +626,7 @@ def main():
                 "metrics": {"held_out_kl": best["kl"], "held_out_gap_closed": 1 - best["kl"] * tokens / base[0].item(), "n": n_held}, "history": history, "start": start,
                 "best": best, "last": be.cpu(), "optimizer": optimizer,
                 "versions": {"nanobe": VERSION, "torch": str(torch.__version__), "transformers": transformers.__version__}})
-        bar.set_postfix(L_KD=f"{kd.item():.3f}", **({"held_out_KL": f"{best['kl']:.4f}", "gap_closed": f"{1 - best['kl'] * base[2].item() / base[0].item():.3f}"} if "step" in best else {}))
+        bar.set_postfix(L_KD=f"{kd.item():.3f}", **({"held_out_KL": f"{best['kl']:.4f}", "gap_closed": f"{1 - best['kl'] * base[2].item() / base[0].item():.3f}"} if best["step"] else {}))
     bar.close()
 
     # the table of controls
@@ -643,7 +648,7 @@ def main():
                        "gap_closed": 1 - (x[:, 0].sum() / scores["no prompt (empty slot)"][:, 0].sum()).item(), "gap_closed_95": gap.quantile(torch.tensor([0.025, 0.975])).tolist(),
                        "tokens": sum(len(inputs[i]) for i in test) / len(test), "n": len(test)}
         print("{:24s}{kl:8.4f}{top1:8.1%}{gap_closed:12.3f}{:>18s}{tokens:12.0f}".format(name, "{:.3f} to {:.3f}".format(*table[name]["gap_closed_95"]), **table[name]))
-    if args.steps > first:
+    if "optimizer" in artifact:
         artifact["metrics"]["controls"] = table
         del artifact["optimizer"]                                                                    # megabytes, and the run is done
         save_artifact(args.out, artifact)
