@@ -214,6 +214,8 @@ def save_artifact(path, artifact):
 
 def check_resume(saved, args):
     """--resume goes on with the settings that the run began with: exits with one line where one of them has changed."""
+    if missing := {"config", "step", "best", "last", "history"} - set(saved):
+        fail(f"--resume: {args.out} holds no run to go on with (no {', '.join(sorted(missing))}); run without --resume to start anew")
     for name, value in saved["config"].items():
         if name not in ("resume", "out", "device", "dtype") and getattr(args, name, value) != value:
             fail(f"--resume: {args.out} began with --{name.replace('_', '-')} {value}, now it is {getattr(args, name)}; give the same, or run without --resume to start anew")

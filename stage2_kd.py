@@ -229,6 +229,8 @@ def save_artifact(path, artifact):
 
 def check_resume(saved, args):
     """--resume goes on with the settings that the run began with: exits with one line where one of them has changed."""
+    if missing := {"config", "step", "best", "last", "history"} - set(saved):
+        fail(f"--resume: {args.out} holds no run to go on with (no {', '.join(sorted(missing))}); run without --resume to start anew")
     for name, value in saved["config"].items():
         if name not in ("resume", "out", "device", "dtype") and getattr(args, name, value) != value:
             fail(f"--resume: {args.out} began with --{name.replace('_', '-')} {value}, now it is {getattr(args, name)}; give the same, or run without --resume to start anew")
@@ -640,7 +642,7 @@ def main():
     draws = torch.randint(len(test), (1000, len(test)), generator=torch.Generator().manual_seed(0)) # bootstrap over queries
     table = {}
     print(f"\n{len(test)} {'test' if test_queries else 'held-out'} queries, {int(scores['no prompt (empty slot)'][:, 2].sum())} answer tokens; 95% interval over queries\n")
-    print(f"{'':24s}{'KL':>8s}{'top-1':>8s}{'gap closed':>12s}{'95%':>18s}{'tokens in place of the prompt':>32s}")
+    print(f"{'':24s}{'KL':>8s}{'top-1':>8s}{'gap closed':>12s}{'95%':>18s}{'tokens fed':>12s}")
     for name, x in scores.items():
         inputs = controls[name][0]
         gap = 1 - x[draws, 0].sum(1) / scores["no prompt (empty slot)"][draws, 0].sum(1)
