@@ -12,7 +12,7 @@
 
 Reads   the prompt; [AE] from out/ae.pt, or from artifacts/ for the default model.
 Writes  out/be.pt, for stage 2, and out/be.recon.png, the loss curve.
-Expect  EXPECT_LAPTOP
+Expect  60 steps on prompts/pirate.txt (357 tokens) take 70 s on 2 cores and end at 3.8 nats a token: one vector of this 135M model does not hold a prompt of that length
 """
 import argparse
 import glob
