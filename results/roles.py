@@ -68,7 +68,7 @@ if __name__ == "__main__":
         be = torch.load(HERE.parent / f"{out}.be.pt", weights_only=True)
         row = {"role": role, "k": k, "seed": args.seed, "controls": be["metrics"]["controls"], "held_out_gap_closed": be["metrics"]["held_out_gap_closed"], "seconds": seconds,
                "peak_gb": peak, "threads": torch.get_num_threads(), "commands": commands}
-        with open(path, "a") as f:                                            # a row is one write, so two of these can run at once
+        with open(path, "a") as f:                                            # a row is one write, so two roles can run at once (not two k of one role: they share a teacher file)
             f.write(json.dumps(row) + "\n")
     (HERE / "roles.md").write_text(report(done()))
     print(report(done()))
