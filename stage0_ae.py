@@ -8,12 +8,15 @@ Only the d numbers of [AE] are trained. It is universal: one [AE] a model, made 
     python stage0_ae.py                                                          # the default model  -> out/ae.pt
     python stage0_ae.py --resume                                                 # go on where a killed run stopped
     python stage0_ae.py --model meta-llama/Llama-3.2-1B-Instruct --batch 16      # on a GPU
+    torchrun --nproc_per_node=8 stage0_ae.py --model meta-llama/Llama-3.2-1B-Instruct --accumulate 8      # the passes of each step over eight GPUs
 
 Reads   jsonl files with a "text" in each line.
 Writes  out/ae.pt and out/ae.png, the loss curve.
 Expect  the default model on a 2-core laptop: 130 steps, about 25 minutes of one core, 98% of held-out tokens copied. The vector is in artifacts/: stage 1 needs no such run.
 """
 import argparse
+import datetime
+import functools
 import glob
 import hashlib
 import importlib.util
@@ -21,9 +24,11 @@ import json
 import math
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 
+import filelock
 import jinja2
 import safetensors
 import torch
@@ -42,7 +47,7 @@ def settings():
     add("--resume",      action="store_true",                                    help="go on from --out")
     add("--steps",       type=number(int, 1), default=130,    help="optimizer steps")
     add("--batch",       type=number(int, 1), default=4,      help="texts a forward pass, of like length")
-    add("--accumulate",  type=number(int, 1), default=2,      help="forward passes a step")
+    add("--accumulate",  type=number(int, 1), default=2,      help="forward passes a step; under torchrun they are shared out")
     add("--lr",          type=number(float, 0), default=3e-2,   help="peak; AdamW, linear warm-up over 20 steps, then a cosine to zero. 1e-2 ends higher")
     add("--min-tokens",  type=number(int, 1), default=64,     help="shorter texts are left out")
     add("--max-tokens",  type=number(int, 64), default=1024,   help="longer texts are cut here")
@@ -56,10 +61,10 @@ def settings():
 
 
 # --- shared: fail --------------------------------------------------------
-def fail(message):
+def fail(message, code=2):
     """A user's mistake: one line on stderr that says what was expected, what came and what to do; exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def number(kind, low, high=math.inf):
@@ -133,41 +138,41 @@ def embed(model, ids, learned):
 
 # --- shared: token_loss --------------------------------------------------
 class TokenLoss(torch.autograd.Function):
-    """Sum over tokens of tau^2 KL(target || softmax(h W^T / tau)), in chunks: no (T, V) tensor outlives its chunk.
+    """tau^2 KL(target || softmax(h W^T / tau)) of each token, in chunks: no (T, V) tensor outlives its chunk.
 
     The head is frozen, so the gradient with respect to h is all that the backward pass needs: (T, d) numbers, made in the forward pass while the chunk's
     logits are still there. d/dh of tau^2 KL is tau (softmax(z/tau) - target) W.
     """
     @staticmethod
     def forward(ctx, hidden, weight, target, tau, chunk):
-        total, grad = hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
+        losses, grad = [], torch.empty_like(hidden)
         for i in range(0, len(hidden), chunk):
             logp = torch.log_softmax((hidden[i:i + chunk] @ weight.T).float() / tau, -1)            # (c, V)
             t = target[i:i + chunk]
             if t.dtype == torch.int64:                                      # a token id: its one-hot distribution, KL is the negative log-likelihood
-                total += -logp.gather(1, t[:, None]).sum()
+                losses.append(-logp.gather(1, t[:, None])[:, 0])
                 delta = logp.exp_().scatter_add_(1, t[:, None], -torch.ones_like(t[:, None], dtype=logp.dtype))
             else:                                                           # the teacher's last hidden state: its logits are one product away
                 logq = torch.log_softmax((t @ weight.T).float() / tau, -1)
                 q = logq.exp()
-                total += tau ** 2 * (q * (logq - logp)).sum()
+                losses.append(tau ** 2 * (q * (logq - logp)).sum(-1))
                 delta = logp.exp_().sub_(q).mul_(tau)
             grad[i:i + chunk] = delta.to(weight.dtype) @ weight
         ctx.save_for_backward(grad)
-        return total
+        return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx, grad_total):
-        return ctx.saved_tensors[0] * grad_total, None, None, None, None
+    def backward(ctx, outer):
+        return ctx.saved_tensors[0] * outer[:, None].to(ctx.saved_tensors[0].dtype), None, None, None, None
 
 
 def token_loss(hidden, weight, target, tau=1.0, chunk=128):
-    """Mean loss a token. hidden (T, d); weight (V, d), the head; target (T,) token ids, or (T, d) teacher hidden states -> scalar, in nats."""
-    return TokenLoss.apply(hidden, weight, target, tau, chunk) / len(hidden)
+    """The loss of each token. hidden (T, d); weight (V, d), the head; target (T,) token ids, or (T, d) teacher hidden states -> (T,) fp32, in nats."""
+    return TokenLoss.apply(hidden, weight, target, tau, chunk)
 # --- end shared ----------------------------------------------------------
 
 
-# --- shared: load_artifact ----------------------------------------------
+# --- shared: load_artifact -----------------------------------------------
 def fingerprint(model):
     """sha256 over the names, shapes and bf16 bits of all weights: the same for a model opened in bf16 or in fp32."""
     h = hashlib.sha256()
@@ -177,48 +182,103 @@ def fingerprint(model):
     return h.hexdigest()
 
 
+def checksum(x):
+    """sha256 over the content of nested dicts, lists, tensors, numbers and strings. A tensor counts with its storage: a few bytes cannot claim to be gigabytes."""
+    if torch.is_tensor(x):
+        data = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage().cpu()).numpy()
+        return hashlib.sha256(f"{x.dtype} {tuple(x.shape)} {x.stride()}".encode() + data.tobytes()).hexdigest()
+    if isinstance(x, dict):
+        x = [(name, checksum(value)) for name, value in x.items()]
+    elif isinstance(x, (list, tuple)):
+        x = [checksum(value) for value in x]
+    return hashlib.sha256(repr(x).encode()).hexdigest()
+
+
 def load_artifact(path, kind, model_print, d, maker, strict=True):
-    """The artifact at `path`, checked: its kind ("ae" or "be"), model and size. Exits with one line, naming `maker`, the command that makes
-    the right one; strict=False returns None for another model's artifact; model_print None takes any model's."""
+    """The artifact at `path`, whole, of this kind ("ae" or "be"), for this model. Exits with one line that names `maker`, the command that makes the
+    right one; strict=False returns None for another model's artifact; model_print None takes any model's."""
+    whole = False
     try:
         a = torch.load(path, map_location="cpu", weights_only=True)
+        v = a["vector"]
+        whole = (checksum({name: value for name, value in a.items() if name != "checksum"}) == a["checksum"]
+                 and v.dtype == torch.float32 and v.dim() == 2 and v.shape[1] == a["model"]["d"] and bool(v.isfinite().all()))
     except FileNotFoundError:
         fail(f"{path}: not there; make it with: {maker}")
-    except Exception as e:      # torch.load raises many types on a damaged file; each means the same here
-        fail(f"{path}: not a readable artifact ({type(e).__name__}: truncated, or another kind of file); make it again with: {maker}")
-    if not isinstance(a, dict) or a.get("kind") != kind:
-        fail(f"{path}: expected an artifact of kind '{kind}', found {a.get('kind', 'none') if isinstance(a, dict) else type(a).__name__!r}; make one with: {maker}")
-    v, m = a.get("vector"), a.get("model")
-    if not isinstance(m, dict) or a.get("layout") not in ("chat", "block") or (kind == "be" and not {"stage", "prompt"} <= set(a)):
-        fail(f"{path}: an artifact that lacks its model, layout, stage or prompt; make it again with: {maker}")
-    if model_print and m.get("fingerprint") != model_print:
+    except Exception:           # torch.load and a file of other content raise many types; each means the same here
+        pass
+    if not whole:
+        fail(f"{path}: not a whole artifact (truncated, changed, or another kind of file); make it again with: {maker}")
+    if a["kind"] != kind:
+        fail(f"{path}: expected an artifact of kind '{kind}', found '{a['kind']}'; make one with: {maker}")
+    if model_print and a["model"]["fingerprint"] != model_print:
         if not strict:
             return None
-        fail(f"{path}: its vector belongs to another model ({m.get('name')}, d = {m.get('d')}), not to this one (d = {d}); make one with: {maker}")
-    if not torch.is_tensor(v) or v.dim() != 2 or v.shape[1] != m.get("d") or not v.isfinite().all():
-        fail(f"{path}: expected a finite vector of shape (k, {m.get('d')}), found {tuple(v.shape) if torch.is_tensor(v) else type(v).__name__}; make one with: {maker}")
+        fail(f"{path}: its vector belongs to another model ({a['model']['name']}, d = {a['model']['d']}), not to this one (d = {d}); make one with: {maker}")
     return a
 # --- end shared ----------------------------------------------------------
 
 
-# --- shared: save_artifact ----------------------------------------------
+# --- shared: save_artifact -----------------------------------------------
 def save_artifact(path, artifact):
-    """Written beside its place and renamed: a killed run leaves the old file whole."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.tmp", "wb") as f:
-        torch.save(artifact, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
+    """Written beside its place and renamed: a run killed here, or a full disk, leaves the old file whole."""
+    try:
+        with open(f"{path}.tmp", "wb") as f:
+            torch.save(artifact | {"checksum": checksum(artifact)}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as e:                            # a full disk is a RuntimeError of torch's zip writer
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        fail(f"{path}: could not be written ({str(e).splitlines()[0]}); what was there before is still whole. Make room and run again with --resume")
 
 
-def check_resume(saved, args):
+def check_resume(path, saved, config):
     """--resume goes on with the settings that the run began with: exits with one line where one of them has changed."""
     if missing := {"config", "step", "best", "last", "history"} - set(saved):
-        fail(f"--resume: {args.out} holds no run to go on with (no {', '.join(sorted(missing))}); run without --resume to start anew")
+        fail(f"--resume: {path} holds no run to go on with (no {', '.join(sorted(missing))}); run without --resume to start anew")
     for name, value in saved["config"].items():
-        if name not in ("resume", "out", "device", "dtype") and getattr(args, name, value) != value:
-            fail(f"--resume: {args.out} began with --{name.replace('_', '-')} {value}, now it is {getattr(args, name)}; give the same, or run without --resume to start anew")
+        if name not in ("resume", "out", "device", "dtype", "micro_batch") and config.get(name, value) != value:
+            fail(f"--resume: {path} began with --{name.replace('_', '-')} {value}, now it is {config[name]}; give the same, or run without --resume to start anew")
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: run ---------------------------------------------------------
+def ranks():
+    """Under torchrun: this process's rank and their number; else 0, 1. Ranks above 0 compute and keep quiet."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=12))      # rank 0 may be busy as the teacher
+    if torch.distributed.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def barrier():
+    """Wait for the other ranks, if there are any."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def claim(path):
+    """The lock of an output -> to be kept for as long as the run goes. A second run on the same output is told and stops; the lock goes with the process."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(f"{path}.lock")
+        lock.acquire(timeout=0)
+        return lock
+    except filelock.Timeout:
+        fail(f"--out {path}: another run is writing it; wait for it, or give another --out")
+    except OSError as e:
+        fail(f"--out {path}: cannot be written ({e.strerror}); give another --out")
+
+
+def on_stop(action):
+    """SIGINT and SIGTERM call action(signal number): the loop finishes its step and saves; elsewhere the run ends at once. The exit code is 128 + the number."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: action(number))
 # --- end shared ----------------------------------------------------------
 
 
@@ -263,8 +323,11 @@ def read_texts(patterns, tokenizer, shortest, longest):
                 text = json.loads(line)["text"].encode("utf-8").decode()
             except (ValueError, KeyError, TypeError, AttributeError):
                 fail(f'{file}, line {n}: expected a json object with a "text" in UTF-8, found {line[:60]!r}')
-            texts.append(text_ids(tokenizer, text[:longest * 12])[:longest])                        # texts of over 12 characters a token are not text
-    return [t for t in texts if len(t) >= shortest]
+            texts.append(text[:longest * 12].strip())                                               # texts of over 12 characters a token are not text
+    ids = []
+    for i in tqdm(range(0, len(texts), 1000), desc="tokenising", dynamic_ncols=True, leave=False):  # by the thousand: the tokenizer runs on all cores
+        ids += tokenizer(texts[i:i + 1000], add_special_tokens=False, split_special_tokens=True, truncation=True, max_length=longest)["input_ids"]
+    return [t for t in ids if len(t) >= shortest]
 
 
 def copy_hidden(model, ids, ae, start):
@@ -288,7 +351,7 @@ def copy_scores(model, ids, ae, start, end, greedy):
     body, weight = model.get_decoder(), model.get_output_embeddings().weight
     hidden = torch.cat([copy_hidden(model, row[None], ae, start) for row in ids])                                               # one text at a time: little memory
     target = torch.cat([ids, torch.full_like(ids[:, :1], end)], 1)                                                              # (B, n + 1)
-    loss = token_loss(hidden.flatten(0, 1), weight, target.flatten()).item()
+    loss = token_loss(hidden.flatten(0, 1), weight, target.flatten()).mean().item()
     right = torch.cat([(h @ weight.T).argmax(-1) == t for h, t in zip(hidden, target)]).float().mean().item()
     if not greedy:
         return loss, right, None
@@ -320,6 +383,11 @@ def plot(path, history, title):
 
 def main():
     args = settings()
+    on_stop(lambda number: sys.exit(128 + number))
+    rank, world = ranks()
+    _lock = claim(args.out) if rank == 0 else None                                                   # held until the end of the run
+    if args.accumulate % world:
+        fail(f"--accumulate: expected a multiple of the {world} processes, found {args.accumulate}; each takes its share of a step's passes")
     device, dtype, attention = pick_device(args.device, args.dtype)
     model, tokenizer = load_frozen(args.model, device, dtype, attention)
     weight = model.get_output_embeddings().weight                                                   # (V, d), tied to the input table or not
@@ -344,62 +412,86 @@ def main():
     noise = table.mean(0) + table.std(0) * torch.randn(1, d)
     ae = torch.nn.Parameter(noise.clone().to(device))                                               # (1, d) fp32
     optimizer = torch.optim.AdamW([ae], lr=args.lr, weight_decay=0)
-    first, best, history, artifact = 0, {"loss": math.inf, "vector": noise}, [], None
+    first, best, history, running, skipped, artifact = 0, {"loss": math.inf, "vector": noise}, [], [], 0, None
     if args.resume:
         saved = load_artifact(args.out, "ae", before, d, f"python stage0_ae.py --model {args.model}")
-        check_resume(saved, args)
+        check_resume(args.out, saved, vars(args))
         ae.data.copy_(saved["last"])
         optimizer.load_state_dict(saved["optimizer"])
-        first, best, history = saved["step"], saved["best"], saved["history"]
+        first, best, history, skipped, running = saved["step"], saved["best"], saved["history"], saved["skipped"], saved["running"]
+
+    @functools.lru_cache(maxsize=1)
+    def epoch(number):
+        """The batches of an epoch: texts of like length together. It depends on its number and the seed alone, so a resumed run sees the same."""
+        rng, window = random.Random(f"{args.seed} {number}"), 16 * args.batch                       # sorted by length within 16 batches, so that the order stays random
+        order = rng.sample(range(len(train)), len(train))
+        order = [i for w in range(0, len(order), window) for i in sorted(order[w:w + window], key=lambda i: len(train[i]))]
+        batches = [order[i:i + args.batch] for i in range(0, len(order) - args.batch + 1, args.batch)]
+        return rng.sample(batches, len(batches))
 
     def batch_ids(n):
-        """Micro-batch n of the run: texts of like length, cut to the shortest one, so there is no padding. It depends on n and the seed alone, so a resumed run sees the same."""
+        """Micro-batch n of the run, cut to its shortest text, so there is no padding -> (B, n)."""
         per_epoch = len(train) // args.batch
-        order = list(range(len(train)))
-        random.Random(f"{args.seed} {n // per_epoch}").shuffle(order)
-        window = 16 * args.batch                                                                    # sort by length within 16 batches, so that their order stays random
-        order = [i for w in range(0, len(order), window) for i in sorted(order[w:w + window], key=lambda i: len(train[i]))]
-        blocks = list(range(per_epoch))
-        random.Random(n // per_epoch).shuffle(blocks)
-        at = blocks[n % per_epoch] * args.batch
-        rows = [train[i] for i in order[at:at + args.batch]]
-        return torch.tensor([r[:min(map(len, rows))] for r in rows], device=device)                 # (B, n)
+        rows = [train[i] for i in epoch(n // per_epoch)[n % per_epoch]]
+        return torch.tensor([r[:min(map(len, rows))] for r in rows], device=device)
 
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="[AE]", dynamic_ncols=True)
-    running = []
+    asked, bad = [], 0
+    on_stop(asked.append)
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="[AE]", dynamic_ncols=True, disable=rank > 0)
     for step in bar:
         lr = args.lr * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad()
-        for micro in range(args.accumulate):
+        total = torch.zeros((), device=device)
+        for micro in range(rank, args.accumulate, world):
             ids = batch_ids(step * args.accumulate + micro)                                         # (B, n)
             target = torch.cat([ids, torch.full_like(ids[:, :1], end)], 1)                          # (B, n + 1)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and dtype == torch.bfloat16):
                 hidden = copy_hidden(model, ids, ae, start)                                         # (B, n + 1, d)
-                loss = token_loss(hidden.flatten(0, 1), weight, target.flatten()) / args.accumulate
+                loss = token_loss(hidden.flatten(0, 1), weight, target.flatten()).mean() / args.accumulate
             loss.backward()
-            if not math.isfinite(loss.item()):
-                fail(f"the loss is {loss.item()} in step {step}; the last good vector, if any, is in {args.out}; use a smaller --lr")
-            running.append(loss.item() * args.accumulate)
-        optimizer.step()
+            total += loss.detach()
+        sums = torch.stack([total, torch.tensor(float(bool(asked)), device=device)])
+        if world > 1:
+            torch.distributed.all_reduce(ae.grad)
+            torch.distributed.all_reduce(sums)
+        finite = bool(sums.isfinite().all() and ae.grad.isfinite().all())
+        bad, skipped = (0, skipped) if finite else (bad + 1, skipped + 1)
+        if finite:
+            optimizer.step()
+            running.append(sums[0].item())
+        else:
+            tqdm.write(f"step {step}: the loss or its gradient is not finite; skipped")
 
-        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+        due, halt = (step + 1) % args.eval_every == 0 or step + 1 == args.steps, sums[1] > 0 or bad == 3
+        if due and rank == 0:
             scores = [copy_scores(model, ids, ae.detach(), start, end, greedy=False) for n, ids in held.items() if n < 512]
             loss, right = (sum(s[i] for s in scores) / len(scores) for i in (0, 1))
-            history.append({"step": step + 1, "train": sum(running) / len(running), "held-out": loss})
+            history.append({"step": step + 1, "train": sum(running) / max(1, len(running)), "held-out": loss})
             tqdm.write(f"step {step + 1}: train {history[-1]['train']:.4f}, held-out {loss:.4f}, copied with the true past given {right:.2%}, lr {lr:.1e}")
             running = []
             if loss < best["loss"]:
                 best = {"loss": loss, "right": right, "step": step + 1, "vector": ae.detach().cpu().clone()}
+        if (due or halt) and rank == 0:
             save_artifact(args.out, artifact := {
-                "kind": "ae", "vector": best["vector"], "layout": "chat", "step": step + 1, "config": vars(args), "history": history, "best": best,
+                "kind": "ae", "vector": best["vector"], "layout": "chat", "step": step + 1, "config": vars(args), "history": history, "best": best, "skipped": skipped, "running": running,
                 "model": {"name": args.model, "revision": getattr(model.config, "_commit_hash", None), "fingerprint": before, "d": d},
                 "metrics": {"held_out_loss": best["loss"], "held_out_right": best.get("right"), "n": sum(map(len, held.values()))},
                 "last": ae.detach().cpu(), "optimizer": optimizer.state_dict(), "versions": {"nanobe": VERSION, "torch": str(torch.__version__), "transformers": transformers.__version__}})
-            plot(Path(args.out).with_suffix(".png"), history, "[AE]: copy loss")
+        if bad == 3:
+            fail(f"steps {step - 2} to {step}: the loss or its gradient was not finite three times in a row; the last good vector is in {args.out}; start anew with a --lr below {args.lr}", code=1)
+        if halt:
+            bar.close()
+            print(f"stopped after step {step + 1}; go on with --resume")
+            sys.exit(128 + (asked or [signal.SIGTERM])[0])
         bar.set_postfix(held_out=f"{best['loss']:.3f}")
+    bar.close()
+    on_stop(lambda number: sys.exit(128 + number))
+    if rank > 0:
+        return
 
     # what the trigger is worth, against a random vector and none
+    plot(Path(args.out).with_suffix(".png"), history, "[AE]: copy loss")
     vectors = {"[AE]": best["vector"].to(device), "random": noise.to(device), "none": None}
     report = {}
     for n, ids in held.items():

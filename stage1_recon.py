@@ -15,15 +15,18 @@ Writes  out/be.pt, for stage 2, and out/be.recon.png, the loss curve.
 Expect  60 steps on prompts/pirate.txt (357 tokens) take 70 s on 2 cores and end at 3.8 nats a token: one vector of this 135M model does not hold a prompt of that length
 """
 import argparse
+import datetime
 import glob
 import hashlib
 import importlib.util
 import json
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 
+import filelock
 import jinja2
 import safetensors
 import torch
@@ -54,10 +57,10 @@ def settings():
 
 
 # --- shared: fail --------------------------------------------------------
-def fail(message):
+def fail(message, code=2):
     """A user's mistake: one line on stderr that says what was expected, what came and what to do; exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def number(kind, low, high=math.inf):
@@ -131,41 +134,41 @@ def embed(model, ids, learned):
 
 # --- shared: token_loss --------------------------------------------------
 class TokenLoss(torch.autograd.Function):
-    """Sum over tokens of tau^2 KL(target || softmax(h W^T / tau)), in chunks: no (T, V) tensor outlives its chunk.
+    """tau^2 KL(target || softmax(h W^T / tau)) of each token, in chunks: no (T, V) tensor outlives its chunk.
 
     The head is frozen, so the gradient with respect to h is all that the backward pass needs: (T, d) numbers, made in the forward pass while the chunk's
     logits are still there. d/dh of tau^2 KL is tau (softmax(z/tau) - target) W.
     """
     @staticmethod
     def forward(ctx, hidden, weight, target, tau, chunk):
-        total, grad = hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
+        losses, grad = [], torch.empty_like(hidden)
         for i in range(0, len(hidden), chunk):
             logp = torch.log_softmax((hidden[i:i + chunk] @ weight.T).float() / tau, -1)            # (c, V)
             t = target[i:i + chunk]
             if t.dtype == torch.int64:                                      # a token id: its one-hot distribution, KL is the negative log-likelihood
-                total += -logp.gather(1, t[:, None]).sum()
+                losses.append(-logp.gather(1, t[:, None])[:, 0])
                 delta = logp.exp_().scatter_add_(1, t[:, None], -torch.ones_like(t[:, None], dtype=logp.dtype))
             else:                                                           # the teacher's last hidden state: its logits are one product away
                 logq = torch.log_softmax((t @ weight.T).float() / tau, -1)
                 q = logq.exp()
-                total += tau ** 2 * (q * (logq - logp)).sum()
+                losses.append(tau ** 2 * (q * (logq - logp)).sum(-1))
                 delta = logp.exp_().sub_(q).mul_(tau)
             grad[i:i + chunk] = delta.to(weight.dtype) @ weight
         ctx.save_for_backward(grad)
-        return total
+        return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx, grad_total):
-        return ctx.saved_tensors[0] * grad_total, None, None, None, None
+    def backward(ctx, outer):
+        return ctx.saved_tensors[0] * outer[:, None].to(ctx.saved_tensors[0].dtype), None, None, None, None
 
 
 def token_loss(hidden, weight, target, tau=1.0, chunk=128):
-    """Mean loss a token. hidden (T, d); weight (V, d), the head; target (T,) token ids, or (T, d) teacher hidden states -> scalar, in nats."""
-    return TokenLoss.apply(hidden, weight, target, tau, chunk) / len(hidden)
+    """The loss of each token. hidden (T, d); weight (V, d), the head; target (T,) token ids, or (T, d) teacher hidden states -> (T,) fp32, in nats."""
+    return TokenLoss.apply(hidden, weight, target, tau, chunk)
 # --- end shared ----------------------------------------------------------
 
 
-# --- shared: load_artifact ----------------------------------------------
+# --- shared: load_artifact -----------------------------------------------
 def fingerprint(model):
     """sha256 over the names, shapes and bf16 bits of all weights: the same for a model opened in bf16 or in fp32."""
     h = hashlib.sha256()
@@ -175,48 +178,103 @@ def fingerprint(model):
     return h.hexdigest()
 
 
+def checksum(x):
+    """sha256 over the content of nested dicts, lists, tensors, numbers and strings. A tensor counts with its storage: a few bytes cannot claim to be gigabytes."""
+    if torch.is_tensor(x):
+        data = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage().cpu()).numpy()
+        return hashlib.sha256(f"{x.dtype} {tuple(x.shape)} {x.stride()}".encode() + data.tobytes()).hexdigest()
+    if isinstance(x, dict):
+        x = [(name, checksum(value)) for name, value in x.items()]
+    elif isinstance(x, (list, tuple)):
+        x = [checksum(value) for value in x]
+    return hashlib.sha256(repr(x).encode()).hexdigest()
+
+
 def load_artifact(path, kind, model_print, d, maker, strict=True):
-    """The artifact at `path`, checked: its kind ("ae" or "be"), model and size. Exits with one line, naming `maker`, the command that makes
-    the right one; strict=False returns None for another model's artifact; model_print None takes any model's."""
+    """The artifact at `path`, whole, of this kind ("ae" or "be"), for this model. Exits with one line that names `maker`, the command that makes the
+    right one; strict=False returns None for another model's artifact; model_print None takes any model's."""
+    whole = False
     try:
         a = torch.load(path, map_location="cpu", weights_only=True)
+        v = a["vector"]
+        whole = (checksum({name: value for name, value in a.items() if name != "checksum"}) == a["checksum"]
+                 and v.dtype == torch.float32 and v.dim() == 2 and v.shape[1] == a["model"]["d"] and bool(v.isfinite().all()))
     except FileNotFoundError:
         fail(f"{path}: not there; make it with: {maker}")
-    except Exception as e:      # torch.load raises many types on a damaged file; each means the same here
-        fail(f"{path}: not a readable artifact ({type(e).__name__}: truncated, or another kind of file); make it again with: {maker}")
-    if not isinstance(a, dict) or a.get("kind") != kind:
-        fail(f"{path}: expected an artifact of kind '{kind}', found {a.get('kind', 'none') if isinstance(a, dict) else type(a).__name__!r}; make one with: {maker}")
-    v, m = a.get("vector"), a.get("model")
-    if not isinstance(m, dict) or a.get("layout") not in ("chat", "block") or (kind == "be" and not {"stage", "prompt"} <= set(a)):
-        fail(f"{path}: an artifact that lacks its model, layout, stage or prompt; make it again with: {maker}")
-    if model_print and m.get("fingerprint") != model_print:
+    except Exception:           # torch.load and a file of other content raise many types; each means the same here
+        pass
+    if not whole:
+        fail(f"{path}: not a whole artifact (truncated, changed, or another kind of file); make it again with: {maker}")
+    if a["kind"] != kind:
+        fail(f"{path}: expected an artifact of kind '{kind}', found '{a['kind']}'; make one with: {maker}")
+    if model_print and a["model"]["fingerprint"] != model_print:
         if not strict:
             return None
-        fail(f"{path}: its vector belongs to another model ({m.get('name')}, d = {m.get('d')}), not to this one (d = {d}); make one with: {maker}")
-    if not torch.is_tensor(v) or v.dim() != 2 or v.shape[1] != m.get("d") or not v.isfinite().all():
-        fail(f"{path}: expected a finite vector of shape (k, {m.get('d')}), found {tuple(v.shape) if torch.is_tensor(v) else type(v).__name__}; make one with: {maker}")
+        fail(f"{path}: its vector belongs to another model ({a['model']['name']}, d = {a['model']['d']}), not to this one (d = {d}); make one with: {maker}")
     return a
 # --- end shared ----------------------------------------------------------
 
 
-# --- shared: save_artifact ----------------------------------------------
+# --- shared: save_artifact -----------------------------------------------
 def save_artifact(path, artifact):
-    """Written beside its place and renamed: a killed run leaves the old file whole."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.tmp", "wb") as f:
-        torch.save(artifact, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
+    """Written beside its place and renamed: a run killed here, or a full disk, leaves the old file whole."""
+    try:
+        with open(f"{path}.tmp", "wb") as f:
+            torch.save(artifact | {"checksum": checksum(artifact)}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as e:                            # a full disk is a RuntimeError of torch's zip writer
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        fail(f"{path}: could not be written ({str(e).splitlines()[0]}); what was there before is still whole. Make room and run again with --resume")
 
 
-def check_resume(saved, args):
+def check_resume(path, saved, config):
     """--resume goes on with the settings that the run began with: exits with one line where one of them has changed."""
     if missing := {"config", "step", "best", "last", "history"} - set(saved):
-        fail(f"--resume: {args.out} holds no run to go on with (no {', '.join(sorted(missing))}); run without --resume to start anew")
+        fail(f"--resume: {path} holds no run to go on with (no {', '.join(sorted(missing))}); run without --resume to start anew")
     for name, value in saved["config"].items():
-        if name not in ("resume", "out", "device", "dtype") and getattr(args, name, value) != value:
-            fail(f"--resume: {args.out} began with --{name.replace('_', '-')} {value}, now it is {getattr(args, name)}; give the same, or run without --resume to start anew")
+        if name not in ("resume", "out", "device", "dtype", "micro_batch") and config.get(name, value) != value:
+            fail(f"--resume: {path} began with --{name.replace('_', '-')} {value}, now it is {config[name]}; give the same, or run without --resume to start anew")
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: run ---------------------------------------------------------
+def ranks():
+    """Under torchrun: this process's rank and their number; else 0, 1. Ranks above 0 compute and keep quiet."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=12))      # rank 0 may be busy as the teacher
+    if torch.distributed.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def barrier():
+    """Wait for the other ranks, if there are any."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def claim(path):
+    """The lock of an output -> to be kept for as long as the run goes. A second run on the same output is told and stops; the lock goes with the process."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(f"{path}.lock")
+        lock.acquire(timeout=0)
+        return lock
+    except filelock.Timeout:
+        fail(f"--out {path}: another run is writing it; wait for it, or give another --out")
+    except OSError as e:
+        fail(f"--out {path}: cannot be written ({e.strerror}); give another --out")
+
+
+def on_stop(action):
+    """SIGINT and SIGTERM call action(signal number): the loop finishes its step and saves; elsewhere the run ends at once. The exit code is 128 + the number."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: action(number))
 # --- end shared ----------------------------------------------------------
 
 
@@ -347,7 +405,9 @@ def give_back(model, ids, learned, m):
 
 def main():
     args = settings()
+    on_stop(lambda number: sys.exit(128 + number))
     messages = read_prompt(args.prompt)
+    _lock = claim(args.out)                                                                          # held until the end of the run
     device, dtype, attention = pick_device(args.device, args.dtype)
     model, tokenizer = load_frozen(args.model, device, dtype, attention)
     body, weight = model.get_decoder(), model.get_output_embeddings().weight                        # weight (V, d)
@@ -373,28 +433,32 @@ def main():
     table = model.get_input_embeddings().weight.detach().float().cpu()
     be = torch.nn.Parameter((table.mean(0) + table.std(0) * torch.randn(args.k, d)).to(device))     # (k, d) fp32
     optimizer = torch.optim.AdamW([be], lr=args.lr, weight_decay=0)
-    first, best, history, artifact = 0, {"loss": math.inf}, [], None
+    first, best, history, skipped = 0, {"loss": math.inf, "right": 0, "step": 0, "vector": be.detach().cpu().clone()}, [], 0
     prompt = {"sha256": hashlib.sha256(json.dumps(messages).encode()).hexdigest(), "tokens": m, "messages": messages}
     if args.resume:
         artifact = load_artifact(args.out, "be", before, d, f"python stage1_recon.py --prompt {args.prompt}")
         if artifact["stage"] != "recon" or artifact["prompt"]["sha256"] != prompt["sha256"]:
             fail(f"--resume: {args.out} is of stage {artifact['stage']} or of another prompt; run without --resume to start anew")
-        check_resume(artifact, args)
+        check_resume(args.out, artifact, vars(args))
+        if artifact["ae"] != checksum(ae.cpu()):
+            fail(f"--resume: {args.out} began with another [AE]; give that one with --ae, or run without --resume to start anew")
         be.data.copy_(artifact["last"])
         optimizer.load_state_dict(artifact["optimizer"])
-        first, best, history = artifact["step"], artifact["best"], artifact["history"]
+        first, best, history, skipped = artifact["step"], artifact["best"], artifact["history"], artifact["skipped"]
     done = args.resume and best["right"] == m
 
+    asked, bad = [], 0
+    on_stop(asked.append)
     bar = tqdm(range(args.steps if done else first, args.steps), initial=first, total=args.steps, desc="[BE] recon", dynamic_ncols=True)
     for step in bar:
         optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and dtype == torch.bfloat16):
             hidden = body(inputs_embeds=embed(model, ids, torch.cat([be, ae])), use_cache=False).last_hidden_state[0, -m:]      # (m, d)
-            loss = token_loss(hidden, weight, target)
+            loss = token_loss(hidden, weight, target).mean()
         optimizer.zero_grad()
         loss.backward()
-        if not math.isfinite(loss.item()):
-            fail(f"the loss is {loss.item()} in step {step}; the last good vector, if any, is in {args.out}; use a smaller --lr")
+        finite = math.isfinite(loss.item()) and bool(be.grad.isfinite().all())
+        bad, skipped = (0, skipped) if finite else (bad + 1, skipped + 1)
         history.append({"step": step, "recon": loss.item()})
         right = sum(((h @ weight.T).argmax(-1) == t).sum().item() for h, t in zip(hidden.detach().split(128), target.split(128)))
         if loss.item() < best["loss"] or right == m:        # each step sees all of P: these are the exact scores of the vector as it stood before the step
@@ -403,17 +467,27 @@ def main():
         bar.set_postfix(recon=f"{loss.item():.3f}", right=f"{right}/{m}")
         if done:
             tqdm.write(f"step {step + 1}: every token of P is right, stopping")
-        optimizer.step()
+        if finite:
+            optimizer.step()
+        else:
+            tqdm.write(f"step {step}: the loss or its gradient is not finite; skipped")
 
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or done:
-            save_artifact(args.out, artifact := {
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or done or asked or bad == 3:
+            save_artifact(args.out, {
                 "kind": "be", "stage": "recon", "vector": best["vector"], "layout": args.layout, "prompt": prompt, "step": step + 1, "config": vars(args),
                 "model": {"name": args.model, "revision": getattr(model.config, "_commit_hash", None), "fingerprint": before, "d": d},
-                "metrics": {"recon": best["loss"], "right": best["right"], "n": m}, "history": history, "best": best, "last": be.detach().cpu(),
+                "metrics": {"recon": best["loss"], "right": best["right"], "n": m}, "history": history, "skipped": skipped, "best": best, "last": be.detach().cpu(), "ae": checksum(ae.cpu()),
                 "optimizer": optimizer.state_dict(), "versions": {"nanobe": VERSION, "torch": str(torch.__version__), "transformers": transformers.__version__}})
+        if bad == 3:
+            fail(f"steps {step - 2} to {step}: the loss or its gradient was not finite three times in a row; the last good vector is in {args.out}; start anew with a --lr below {args.lr}", code=1)
+        if asked and not done:
+            bar.close()
+            print(f"stopped after step {step + 1}; go on with --resume")
+            sys.exit(128 + asked[0])
         if done:
             break
     bar.close()
+    on_stop(lambda number: sys.exit(128 + number))
 
     said = give_back(model, opening, torch.cat([best["vector"].to(device), ae]), m)
     led = next((j for j, (a, b) in enumerate(zip(said, s)) if a != b), m)

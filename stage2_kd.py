@@ -4,31 +4,38 @@
 
 The teacher is the same frozen model with the full prompt; z_T are its logits along its own answer. The student reads [BE] in the prompt's place and the same answer.
 The teacher answers every query once, before training, and its last hidden states stay on disk: z = W h gives the logits back at 1/50 to 1/250 of their size.
-The optimizer is Adam with the gradient's whole second moment in place of its diagonal: for one vector that is only a (d, d) matrix (results/LOG.md).
 
     python stage2_kd.py --prompt prompts/pirate.txt                          # from stage 1's out/be.pt, questions from prompts/pirate.queries.txt -> out/be.pt
     python stage2_kd.py --prompt p.txt                                       # no question file: the model itself is asked what its users would ask
     python stage2_kd.py --prompt p.txt --queries q.jsonl --test-queries t.jsonl --answer-tokens 128
     python stage2_kd.py --prompt p.txt --init random --k 4 --lam 1           # distillation alone, four vectors, no stage 1
-    python stage2_kd.py --prompt p.txt --resume                              # go on where a killed run stopped
+    python stage2_kd.py --prompt roles/*.txt --init random --lam 1           # many prompts in one run, a [BE] each -> out/NAME.be.pt
+    torchrun --nproc_per_node=8 stage2_kd.py --prompt p.txt --batch 64       # the queries of each step over eight GPUs; --resume goes on where a killed run stopped
 
 Reads   the prompt, queries, out/be.pt of stage 1, [AE].
-Writes  out/be.pt, out/be.kd.png, the teacher's answers in out/teacher-*, and with self the questions in out/queries-*.txt.
+Writes  out/be.pt, out/be.kd.png, the teacher's answers in out/teacher-*.pt, and with self the questions in out/queries-*.txt.
 Expect  prompts/pirate.txt, --answer-tokens 32 --steps 300, on 2 cores: 7 minutes, 2 GB, and 0.61 of the gap between no prompt and the full one closed on test questions
 """
 import argparse
 import copy
+import datetime
+import functools
 import glob
 import hashlib
 import importlib.util
 import json
 import math
 import os
+import pickle
 import random
 import re
+import signal
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import filelock
 import jinja2
 import safetensors
 import torch
@@ -36,34 +43,37 @@ import transformers
 from tqdm import tqdm
 
 VERSION = "0.1"
+FOLLOW_UPS = ["Can you say more about that?", "Why is that?", "Can you give me an example?", "Are you sure?", "And what would you do in my place?", "Say that again in one sentence."]
 
 
 def settings():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("--prompt",        required=True,                 help="the system prompt: a text file, or a .json with a \"messages\" list")
+    add("--prompt",        required=True, nargs="+",      help="the system prompt: a text file, or a .json with a \"messages\" list; several files train together, each its own [BE]")
     add("--model",         default="models/smollm2-135m", help="hub name or local folder of a Llama or Qwen chat model")
     add("--queries",       default="",                    help=".txt, a query a line; .jsonl with question, query or instruction; or self. Default: NAME.queries.txt beside the prompt, else self")
     add("--test-queries",  default="",                    help="for the last table only, never trained or chosen on. Default: NAME.test.txt beside the prompt, else the held-out queries")
-    add("--be",            default="out/be.pt",           help="the artifact of stage 1, where training starts")
+    add("--be",            default=[], nargs="+",         help="stage 1's artifact for each prompt, where training starts. Default: as --out")
     add("--ae",            default="",                    help="the [AE] artifact; without it out/ae.pt, else artifacts/, whichever fits the model")
-    add("--out",           default="out/be.pt",           help="the artifact")
+    add("--out",           default=[], nargs="+",         help="the artifact for each prompt. Default: out/be.pt, or out/NAME.be.pt for several")
     add("--resume",        action="store_true",           help="go on from --out")
     add("--init",          default="be", choices=["be", "random"], help="start from --be, or from noise (then --layout and --k count)")
-    add("--layout",        default="chat", choices=["chat", "block"], help="with --init random: [BE] replaces the system message, or the whole system block")
-    add("--k",             type=number(int, 1), default=1,         help="with --init random: vectors to learn")
-    add("--lam",           type=number(float, 0, 1), default=0.9,       help="lambda, the weight of L_KD; at 1 there is no L_recon")
-    add("--tau",           type=number(float, 0.01), default=2.0,       help="the temperature of L_KD")
-    add("--recon-every",   type=number(int, 1), default=4,         help="L_recon enters every so many steps, that much heavier: the same gradient on average, at 1/4 of its cost")
-    add("--steps",         type=number(int, 1), default=600,       help="optimizer steps")
-    add("--batch",         type=number(int, 1), default=4,         help="queries a step; many small steps beat few large ones (results/LOG.md)")
-    add("--lr",            type=number(float, 0), default=3e-2,      help="peak; linear warm-up over 10 steps, then a cosine to zero")
-    add("--answer-tokens", type=number(int, 1), default=64,        help="the teacher's answers are cut here")
-    add("--held-out",      type=number(float, 0.01, 0.9), default=0.15,      help="share of the queries kept from training; the best vector is chosen on them (at most 32)")
-    add("--self-queries",  type=number(int, 8), default=200,       help="how many, with --queries self")
-    add("--temperature",   type=number(float, 0), default=0.0,       help="of the teacher's answers; 0 is greedy")
-    add("--eval-every",    type=number(int, 1), default=50,        help="steps between two looks at the held-out queries; the artifact is saved then")
-    add("--seed",          type=int,   default=0,         help="of the start vector, the split and the order of queries")
+    add("--layout",        default="", choices=["chat", "block"], help="[BE] replaces the system message (chat, the default), or the whole system block; with --init be it is the artifact's")
+    add("--k",             default=0,    type=number(int, 1),      help="vectors to learn, 1 by default; with --init be as many as the artifact has")
+    add("--lam",           default=0.9,  type=number(float, 0, 1), help="lambda, the weight of L_KD; at 1 there is no L_recon")
+    add("--tau",           default=2.0,  type=number(float, 0.01), help="the temperature of L_KD")
+    add("--recon-every",   default=4,    type=number(int, 1),      help="L_recon enters every so many steps, that much heavier: the same gradient on average, at 1/4 of its cost")
+    add("--steps",         default=600,  type=number(int, 0),      help="optimizer steps; 0 only measures the vector of --be")
+    add("--batch",         default=4,    type=number(int, 1),      help="queries a step for each prompt; many small steps beat few large ones (results/LOG.md)")
+    add("--micro-batch",   default=16,   type=number(int, 1),      help="queries in one pass; the gradients of a step's passes add up")
+    add("--lr",            default=3e-2, type=number(float, 0),    help="peak; AdamW, linear warm-up over 10 steps, then a cosine to zero")
+    add("--answer-tokens", default=64,   type=number(int, 1),      help="the teacher's answers are cut here")
+    add("--turns",         default=1,    type=number(int, 1),      help="turns of a chat to train and test on: follow-up questions after the teacher's own answers")
+    add("--held-out",      default=0.15, type=number(float, 0.01, 0.9), help="share of the queries kept from training; the best vector is chosen on them (at most 32)")
+    add("--self-queries",  default=200,  type=number(int, 8),      help="how many, with --queries self")
+    add("--temperature",   default=0.0,  type=number(float, 0),    help="of the teacher's answers; 0 is greedy")
+    add("--eval-every",    default=50,   type=number(int, 1),      help="steps between two looks at the held-out queries; the artifact is saved then")
+    add("--seed",          default=0,    type=int,                 help="of the start vector, the split and the order of queries")
     add("--device",        default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: CUDA, then MPS, then CPU")
     add("--dtype",         default="auto", choices=["auto", "bf16", "fp32"],       help="of the frozen weights; [BE] itself is always fp32")
     p.error = lambda message: fail(f"{message}; see --help")
@@ -71,10 +81,10 @@ def settings():
 
 
 # --- shared: fail --------------------------------------------------------
-def fail(message):
+def fail(message, code=2):
     """A user's mistake: one line on stderr that says what was expected, what came and what to do; exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def number(kind, low, high=math.inf):
@@ -148,41 +158,41 @@ def embed(model, ids, learned):
 
 # --- shared: token_loss --------------------------------------------------
 class TokenLoss(torch.autograd.Function):
-    """Sum over tokens of tau^2 KL(target || softmax(h W^T / tau)), in chunks: no (T, V) tensor outlives its chunk.
+    """tau^2 KL(target || softmax(h W^T / tau)) of each token, in chunks: no (T, V) tensor outlives its chunk.
 
     The head is frozen, so the gradient with respect to h is all that the backward pass needs: (T, d) numbers, made in the forward pass while the chunk's
     logits are still there. d/dh of tau^2 KL is tau (softmax(z/tau) - target) W.
     """
     @staticmethod
     def forward(ctx, hidden, weight, target, tau, chunk):
-        total, grad = hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
+        losses, grad = [], torch.empty_like(hidden)
         for i in range(0, len(hidden), chunk):
             logp = torch.log_softmax((hidden[i:i + chunk] @ weight.T).float() / tau, -1)            # (c, V)
             t = target[i:i + chunk]
             if t.dtype == torch.int64:                                      # a token id: its one-hot distribution, KL is the negative log-likelihood
-                total += -logp.gather(1, t[:, None]).sum()
+                losses.append(-logp.gather(1, t[:, None])[:, 0])
                 delta = logp.exp_().scatter_add_(1, t[:, None], -torch.ones_like(t[:, None], dtype=logp.dtype))
             else:                                                           # the teacher's last hidden state: its logits are one product away
                 logq = torch.log_softmax((t @ weight.T).float() / tau, -1)
                 q = logq.exp()
-                total += tau ** 2 * (q * (logq - logp)).sum()
+                losses.append(tau ** 2 * (q * (logq - logp)).sum(-1))
                 delta = logp.exp_().sub_(q).mul_(tau)
             grad[i:i + chunk] = delta.to(weight.dtype) @ weight
         ctx.save_for_backward(grad)
-        return total
+        return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx, grad_total):
-        return ctx.saved_tensors[0] * grad_total, None, None, None, None
+    def backward(ctx, outer):
+        return ctx.saved_tensors[0] * outer[:, None].to(ctx.saved_tensors[0].dtype), None, None, None, None
 
 
 def token_loss(hidden, weight, target, tau=1.0, chunk=128):
-    """Mean loss a token. hidden (T, d); weight (V, d), the head; target (T,) token ids, or (T, d) teacher hidden states -> scalar, in nats."""
-    return TokenLoss.apply(hidden, weight, target, tau, chunk) / len(hidden)
+    """The loss of each token. hidden (T, d); weight (V, d), the head; target (T,) token ids, or (T, d) teacher hidden states -> (T,) fp32, in nats."""
+    return TokenLoss.apply(hidden, weight, target, tau, chunk)
 # --- end shared ----------------------------------------------------------
 
 
-# --- shared: load_artifact ----------------------------------------------
+# --- shared: load_artifact -----------------------------------------------
 def fingerprint(model):
     """sha256 over the names, shapes and bf16 bits of all weights: the same for a model opened in bf16 or in fp32."""
     h = hashlib.sha256()
@@ -192,48 +202,103 @@ def fingerprint(model):
     return h.hexdigest()
 
 
+def checksum(x):
+    """sha256 over the content of nested dicts, lists, tensors, numbers and strings. A tensor counts with its storage: a few bytes cannot claim to be gigabytes."""
+    if torch.is_tensor(x):
+        data = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage().cpu()).numpy()
+        return hashlib.sha256(f"{x.dtype} {tuple(x.shape)} {x.stride()}".encode() + data.tobytes()).hexdigest()
+    if isinstance(x, dict):
+        x = [(name, checksum(value)) for name, value in x.items()]
+    elif isinstance(x, (list, tuple)):
+        x = [checksum(value) for value in x]
+    return hashlib.sha256(repr(x).encode()).hexdigest()
+
+
 def load_artifact(path, kind, model_print, d, maker, strict=True):
-    """The artifact at `path`, checked: its kind ("ae" or "be"), model and size. Exits with one line, naming `maker`, the command that makes
-    the right one; strict=False returns None for another model's artifact; model_print None takes any model's."""
+    """The artifact at `path`, whole, of this kind ("ae" or "be"), for this model. Exits with one line that names `maker`, the command that makes the
+    right one; strict=False returns None for another model's artifact; model_print None takes any model's."""
+    whole = False
     try:
         a = torch.load(path, map_location="cpu", weights_only=True)
+        v = a["vector"]
+        whole = (checksum({name: value for name, value in a.items() if name != "checksum"}) == a["checksum"]
+                 and v.dtype == torch.float32 and v.dim() == 2 and v.shape[1] == a["model"]["d"] and bool(v.isfinite().all()))
     except FileNotFoundError:
         fail(f"{path}: not there; make it with: {maker}")
-    except Exception as e:      # torch.load raises many types on a damaged file; each means the same here
-        fail(f"{path}: not a readable artifact ({type(e).__name__}: truncated, or another kind of file); make it again with: {maker}")
-    if not isinstance(a, dict) or a.get("kind") != kind:
-        fail(f"{path}: expected an artifact of kind '{kind}', found {a.get('kind', 'none') if isinstance(a, dict) else type(a).__name__!r}; make one with: {maker}")
-    v, m = a.get("vector"), a.get("model")
-    if not isinstance(m, dict) or a.get("layout") not in ("chat", "block") or (kind == "be" and not {"stage", "prompt"} <= set(a)):
-        fail(f"{path}: an artifact that lacks its model, layout, stage or prompt; make it again with: {maker}")
-    if model_print and m.get("fingerprint") != model_print:
+    except Exception:           # torch.load and a file of other content raise many types; each means the same here
+        pass
+    if not whole:
+        fail(f"{path}: not a whole artifact (truncated, changed, or another kind of file); make it again with: {maker}")
+    if a["kind"] != kind:
+        fail(f"{path}: expected an artifact of kind '{kind}', found '{a['kind']}'; make one with: {maker}")
+    if model_print and a["model"]["fingerprint"] != model_print:
         if not strict:
             return None
-        fail(f"{path}: its vector belongs to another model ({m.get('name')}, d = {m.get('d')}), not to this one (d = {d}); make one with: {maker}")
-    if not torch.is_tensor(v) or v.dim() != 2 or v.shape[1] != m.get("d") or not v.isfinite().all():
-        fail(f"{path}: expected a finite vector of shape (k, {m.get('d')}), found {tuple(v.shape) if torch.is_tensor(v) else type(v).__name__}; make one with: {maker}")
+        fail(f"{path}: its vector belongs to another model ({a['model']['name']}, d = {a['model']['d']}), not to this one (d = {d}); make one with: {maker}")
     return a
 # --- end shared ----------------------------------------------------------
 
 
-# --- shared: save_artifact ----------------------------------------------
+# --- shared: save_artifact -----------------------------------------------
 def save_artifact(path, artifact):
-    """Written beside its place and renamed: a killed run leaves the old file whole."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.tmp", "wb") as f:
-        torch.save(artifact, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
+    """Written beside its place and renamed: a run killed here, or a full disk, leaves the old file whole."""
+    try:
+        with open(f"{path}.tmp", "wb") as f:
+            torch.save(artifact | {"checksum": checksum(artifact)}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as e:                            # a full disk is a RuntimeError of torch's zip writer
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        fail(f"{path}: could not be written ({str(e).splitlines()[0]}); what was there before is still whole. Make room and run again with --resume")
 
 
-def check_resume(saved, args):
+def check_resume(path, saved, config):
     """--resume goes on with the settings that the run began with: exits with one line where one of them has changed."""
     if missing := {"config", "step", "best", "last", "history"} - set(saved):
-        fail(f"--resume: {args.out} holds no run to go on with (no {', '.join(sorted(missing))}); run without --resume to start anew")
+        fail(f"--resume: {path} holds no run to go on with (no {', '.join(sorted(missing))}); run without --resume to start anew")
     for name, value in saved["config"].items():
-        if name not in ("resume", "out", "device", "dtype") and getattr(args, name, value) != value:
-            fail(f"--resume: {args.out} began with --{name.replace('_', '-')} {value}, now it is {getattr(args, name)}; give the same, or run without --resume to start anew")
+        if name not in ("resume", "out", "device", "dtype", "micro_batch") and config.get(name, value) != value:
+            fail(f"--resume: {path} began with --{name.replace('_', '-')} {value}, now it is {config[name]}; give the same, or run without --resume to start anew")
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: run ---------------------------------------------------------
+def ranks():
+    """Under torchrun: this process's rank and their number; else 0, 1. Ranks above 0 compute and keep quiet."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=12))      # rank 0 may be busy as the teacher
+    if torch.distributed.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def barrier():
+    """Wait for the other ranks, if there are any."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def claim(path):
+    """The lock of an output -> to be kept for as long as the run goes. A second run on the same output is told and stops; the lock goes with the process."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(f"{path}.lock")
+        lock.acquire(timeout=0)
+        return lock
+    except filelock.Timeout:
+        fail(f"--out {path}: another run is writing it; wait for it, or give another --out")
+    except OSError as e:
+        fail(f"--out {path}: cannot be written ({e.strerror}); give another --out")
+
+
+def on_stop(action):
+    """SIGINT and SIGTERM call action(signal number): the loop finishes its step and saves; elsewhere the run ends at once. The exit code is 128 + the number."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: action(number))
 # --- end shared ----------------------------------------------------------
 
 
@@ -363,6 +428,7 @@ def read_queries(path):
             try:
                 row = json.loads(line)
                 queries.append(next(row[key] for key in ("question", "query", "instruction") if key in row).strip())
+                queries[-1].encode()                                        # a lone surrogate is no text
             except (ValueError, StopIteration, TypeError, AttributeError):
                 fail(f'{path}, line {n}: expected a json object with a "question", "query" or "instruction" that is a text, found {line[:60]!r}')
         else:
@@ -375,14 +441,16 @@ def generate(model, rows, stop, limit, temperature=0.0, seed=0, skip=()):
     """Continue rows of token ids, which may share a long beginning: the prompt. Yields (row number, answer ids with the stop token, hidden (T, d)), batch by batch.
 
     The shared prefix runs once, for all batches; its keys and values are repeated over a batch. The rest of each row is padded on the left. hidden[t] is the last
-    hidden state that answer[t] was chosen from. temperature 0 is greedy; row numbers in skip are left out.
+    hidden state that answer[t] was chosen from. temperature 0 is greedy; a batch whose row numbers are all in skip is left out.
     """
     body, weight = model.get_decoder(), model.get_output_embeddings().weight
     n = min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)                               # each row keeps a token of its own
     prefix = body(input_ids=torch.tensor([rows[0][:n]], device=model.device), use_cache=True).past_key_values if n else None
-    batch = max(1, min(32, 16000 // (n + limit)))                                                   # the cache grows with batch x prefix: 16,000 tokens are 370 MB here
-    order = sorted(set(range(len(rows))) - set(skip), key=lambda i: (len(rows[i]), i))              # like lengths together: little padding
-    for part in [order[i:i + batch] for i in range(0, len(order), batch)]:
+    size = max(1, min(32, 16000 // (n + limit)))                                                    # the cache grows with batch x prefix: 16,000 tokens are 370 MB on the default model
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))                               # like lengths together: little padding
+    for part in [order[i:i + size] for i in range(0, len(order), size)]:
+        if all(i in skip for i in part):
+            continue
         rngs = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in part]                  # a row's sample does not depend on its neighbours
         width = max(len(rows[i]) for i in part) - n
         pads = [width - len(rows[i]) + n for i in part]
@@ -414,38 +482,35 @@ def generate(model, rows, stop, limit, temperature=0.0, seed=0, skip=()):
             yield i, said[row, :length].tolist(), hidden[row, :length]
 
 
-def teacher(model, rows, stop, limit, temperature, seed, key, folder):
-    """The frozen model's answers to rows (prompt and query, as ids), from disk where they are there -> (answers: lists of ids, hidden: (T, d) bf16 tensors on a memory map).
+def teacher(model, rows, stop, limit, temperature, seed, model_print, folder):
+    """The frozen model's answers to rows (prompt and query, as ids), from disk where they are there -> (answers: lists of ids, hidden: (T, d) bf16 tensors, memory-mapped).
 
-    Two files a key: .bin has the hidden states, .jsonl a row an answer. Both grow batch by batch, so a killed run goes on; what a half-written last row
-    left in either is cut off. The key is a hash of all that the answers depend on, so a stale file is never read.
+    One file, named by a hash of all that the answers depend on, so a stale one is never read. It is saved once a minute: a killed run goes on.
     """
-    key = hashlib.sha256(json.dumps([key, rows, stop.tolist(), limit, temperature, seed, str(model.dtype)]).encode()).hexdigest()[:16]
-    index, store, d = Path(folder, f"teacher-{key}.jsonl"), Path(folder, f"teacher-{key}.bin"), model.config.hidden_size
-    index.parent.mkdir(parents=True, exist_ok=True)
-    index.touch(), store.touch()
-    done = [json.loads(line) for line in index.read_text().split("\n")[:-1]]                         # a line without its end was cut short
-    while sum(len(answer) for _, answer in done) * d * 2 > store.stat().st_size:
-        done.pop()
-    os.truncate(store, sum(len(answer) for _, answer in done) * d * 2)
-    Path(f"{index}.tmp").write_text("".join(json.dumps(row) + "\n" for row in done))
-    os.replace(f"{index}.tmp", index)
-    found = len(done)
+    key = hashlib.sha256(json.dumps([model_print, rows, stop.tolist(), limit, temperature, seed, str(model.dtype)]).encode()).hexdigest()[:16]
+    path, done = Path(folder, f"teacher-{key}.pt"), {}
+
+    def read():
+        kept = torch.load(path, mmap=True, weights_only=True)
+        return dict(zip(kept["rows"], zip(kept["answers"], kept["hidden"].split([len(a) for a in kept["answers"]]))))
+
+    if path.exists():
+        try:
+            done = read()
+        except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError):
+            print(f"teacher: {path} is damaged; the answers are made again")
+    found, saved = len(done), time.monotonic()
     if found < len(rows):
-        with open(index, "a") as f, open(store, "ab") as g, tqdm(total=len(rows), initial=found, desc="teacher", dynamic_ncols=True) as bar:
-            for i, answer, h in generate(model, rows, stop, limit, temperature, seed, skip=[i for i, _ in done]):
-                g.write(h.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
-                g.flush()
-                f.write(json.dumps([i, answer]) + "\n")
-                f.flush()
-                done.append([i, answer])
-                bar.update()
-    print(f"teacher: {found} answers found, {len(rows) - found} made, {store} ({store.stat().st_size / 1e6:.1f} MB)")
-    flat = torch.from_file(str(store), size=sum(len(a) for _, a in done) * d, dtype=torch.bfloat16).view(-1, d)
-    answers, hidden, at = [None] * len(rows), [None] * len(rows), 0
-    for i, answer in done:
-        answers[i], hidden[i], at = answer, flat[at:at + len(answer)], at + len(answer)
-    return answers, hidden
+        with tqdm(total=len(rows), initial=found, desc="teacher", dynamic_ncols=True) as bar:
+            for i, answer, h in generate(model, rows, stop, limit, temperature, seed, skip=done):
+                done[i] = answer, h.to("cpu", torch.bfloat16)
+                bar.update(len(done) - bar.n)
+                if time.monotonic() - saved > 60 or len(done) == len(rows):
+                    save_artifact(path, {"rows": list(done), "answers": [a for a, _ in done.values()], "hidden": torch.cat([h for _, h in done.values()])})
+                    saved = time.monotonic()
+        done = read()
+    print(f"teacher: {found} answers found, {len(rows) - found} made, {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    return [done[i][0] for i in range(len(rows))], [done[i][1] for i in range(len(rows))]
 
 
 def self_queries(model, tokenizer, messages, stop, count, seed):
@@ -478,12 +543,6 @@ def answer_hidden(model, rows, answers, learned):
     return torch.cat([h[len(r) - 1:len(r) - 1 + len(a)] for h, r, a in zip(hidden, rows, answers)])
 
 
-def inverse_root(moment, damping=0.03):
-    """Second moments (k, d, d) -> their inverse square roots, the eigenvalues lifted by `damping` times the largest: few gradients have been seen, many directions never."""
-    value, vector = (x.to(moment.device) for x in torch.linalg.eigh(moment.cpu() if moment.is_mps else moment))      # MPS has no eigh
-    return (vector * (value.clamp(min=0) + damping * value[..., -1:] + 1e-30).rsqrt()[..., None, :]) @ vector.mT
-
-
 @torch.no_grad()
 def evaluate(model, rows, answers, hidden, learned):
     """Against the teacher, at tau 1 -> (Q, 3): for each query the sum over its answer tokens of KL in nats, the tokens with the same top-1, the tokens."""
@@ -498,14 +557,82 @@ def evaluate(model, rows, answers, hidden, learned):
     return torch.tensor(scores)
 
 
+def compare(scores, inputs):
+    """scores: name -> (Q, 3) of `evaluate`; inputs: name -> the rows that were fed -> name -> KL, top-1, gap closed and its bootstrap interval over queries, tokens fed, n."""
+    none = scores["no prompt (empty slot)"]
+    draws = torch.randint(len(none), (1000, len(none)), generator=torch.Generator().manual_seed(0))
+    table = {}
+    for name, x in scores.items():
+        gap = 1 - x[draws, 0].sum(1) / none[draws, 0].sum(1)
+        table[name] = {"kl": (x[:, 0].sum() / x[:, 2].sum()).item(), "top1": (x[:, 1].sum() / x[:, 2].sum()).item(), "gap_closed": 1 - (x[:, 0].sum() / none[:, 0].sum()).item(),
+                       "gap_closed_95": gap.quantile(torch.tensor([0.025, 0.975])).tolist(), "tokens": sum(map(len, inputs[name])) / len(x), "n": len(x), "answer_tokens": int(x[:, 2].sum())}
+    return table
+
+
+def read_inputs(args, n):
+    """The files of prompt number n of the run, before the model is loaded: a mistake in them costs no wait -> a namespace that grows to all that belongs to this [BE]."""
+    path, several = args.prompt[n], len(args.prompt) > 1
+    t = SimpleNamespace(path=path, messages=read_prompt(path), out=args.out[n] if args.out else f"out/{Path(path).stem}.be.pt" if several else "out/be.pt")
+    t.lock = claim(t.out) if os.environ.get("RANK", "0") == "0" else None                            # held until the end of the run
+    t.be_path, beside = args.be[n] if args.be else t.out, str(Path(path).with_suffix(""))
+    t.source = args.queries or (f"{beside}.queries.txt" if Path(f"{beside}.queries.txt").exists() else "self")
+    t.queries = read_queries(t.source) if t.source != "self" else []
+    test = args.test_queries or (f"{beside}.test.txt" if Path(f"{beside}.test.txt").exists() else "")
+    t.test_queries = read_queries(test) if test else []
+    return t
+
+
+def split_queries(args, t, model, tokenizer, model_print, stop, rank):
+    """The queries in their random order, the first t.n_held of them held out. Those that the model itself is asked for are asked once, then read from a file."""
+    if t.source == "self":
+        t.source = Path(t.out).with_name(f"queries-{hashlib.sha256(json.dumps([model_print, t.messages, args.self_queries, args.seed]).encode()).hexdigest()[:16]}.txt")
+        if not t.source.exists() and rank == 0:
+            asked = self_queries(model, tokenizer, t.messages, stop, args.self_queries, args.seed)
+            if len(asked) <= args.batch:
+                fail(f"--queries self: the model asked only {len(asked)} questions; write some and give them with --queries")
+            Path(f"{t.source}.tmp").write_text("".join(q + "\n" for q in asked), encoding="utf-8")
+            os.replace(f"{t.source}.tmp", t.source)
+            print("queries: the model itself asked " + "\n   ".join(["", *asked[:5]]))
+        barrier()
+        t.queries = read_queries(t.source)
+    t.n_held = min(32, max(1, round(len(t.queries) * args.held_out)))
+    if len(t.queries) - t.n_held < args.batch:
+        fail(f"queries: expected at least --batch = {args.batch} to train on after {t.n_held} held out, found {len(t.queries)} in all ({t.source}); give more, or a smaller --batch")
+    t.test_queries = [q for q in t.test_queries if q not in set(t.queries)]
+    random.Random(args.seed).shuffle(t.queries)
+
+
+def make_examples(args, t, model, tokenizer, model_print, stop, rank):
+    """What the teacher reads and answers and what the student reads, an example for each query and turn of the chat, all queries of turn 1 first."""
+    everything = t.queries + t.test_queries
+    n, chats, t.turns, t.full, t.answers, t.teacher_hidden = len(everything), [[{"role": "user", "content": q}] for q in everything], [], [], [], []
+    room = model.config.max_position_embeddings - args.answer_tokens
+    for turn in range(args.turns):
+        if turn:                                                                                     # the teacher's own answer of the turn before, then a follow-up question
+            said = [{"role": "assistant", "content": [x for x in a if x not in stop]} for a in t.answers[-n:]]
+            chats = [c + [a, {"role": "user", "content": FOLLOW_UPS[(i + turn) % len(FOLLOW_UPS)]}] for i, (c, a) in enumerate(zip(chats, said))]
+        full = [chat_ids(tokenizer, t.messages + c) for c in chats]
+        if (longest := max(map(len, full))) > room:
+            fail(f"{t.path}: expected prompt and query to take at most {room} tokens (the model's context less --answer-tokens), found {longest}; shorten them, or --answer-tokens")
+        answer = functools.partial(teacher, model, full, stop, args.answer_tokens, args.temperature, args.seed, model_print, Path(t.out).parent)
+        if rank == 0:
+            answer()
+        barrier()
+        answers, hidden = answer()
+        t.turns, t.full, t.answers, t.teacher_hidden = t.turns + chats, t.full + full, t.answers + answers, t.teacher_hidden + hidden
+    t.rows = [layout_ids(tokenizer, t.layout, [-1 - i for i in range(t.k)], c) for c in t.turns]
+    t.none = [layout_ids(tokenizer, t.layout, [], c) for c in t.turns]                               # no prompt: the same words around an empty slot
+    t.held, t.train = ([turn * n + i for turn in range(args.turns) for i in part] for part in (range(t.n_held), range(t.n_held, len(t.queries))))
+    t.test = [[turn * n + i for i in (range(len(t.queries), n) if t.test_queries else range(t.n_held))] for turn in range(args.turns)]
+
+
 def main():
     args = settings()
-    messages = read_prompt(args.prompt)
-    beside = str(Path(args.prompt).with_suffix(""))
-    source = args.queries or (f"{beside}.queries.txt" if Path(f"{beside}.queries.txt").exists() else "self")
-    test_source = args.test_queries or (f"{beside}.test.txt" if Path(f"{beside}.test.txt").exists() else "")
-    queries = read_queries(source) if source != "self" else []
-    test_queries = read_queries(test_source) if test_source else []
+    on_stop(lambda number: sys.exit(128 + number))
+    if any(x and len(x) != len(args.prompt) for x in (args.be, args.out)):
+        fail(f"--be, --out: expected one for each of the {len(args.prompt)} prompts, found {len(args.be)} and {len(args.out)}")
+    tasks = [read_inputs(args, n) for n in range(len(args.prompt))]
+    rank, world = ranks()
     device, dtype, attention = pick_device(args.device, args.dtype)
     model, tokenizer = load_frozen(args.model, device, dtype, attention)
     body, weight = model.get_decoder(), model.get_output_embeddings().weight                        # weight (V, d)
@@ -514,150 +641,170 @@ def main():
     stop = torch.tensor(ends if isinstance(ends, list) else [ends if ends is not None else tokenizer.eos_token_id])
 
     # the start: stage 1's vector, or noise around the mean of the embedding table, at its scale
-    torch.manual_seed(args.seed)
-    table = model.get_input_embeddings().weight.detach().float().cpu()
-    prompt = {"sha256": hashlib.sha256(json.dumps(messages).encode()).hexdigest(), "messages": messages}
-    maker = f"python stage1_recon.py --prompt {args.prompt} --model {args.model}"
-    layout, start, saved = args.layout, table.mean(0) + table.std(0) * torch.randn(args.k, d), None
-    if args.resume or args.init == "be":
-        saved = load_artifact(args.out if args.resume else args.be, "be", before, d, maker)
-        if saved["prompt"]["sha256"] != prompt["sha256"]:
-            fail(f"{args.out if args.resume else args.be}: its vector was made for another prompt than {args.prompt}; make one with: {maker}")
-        if args.resume and saved["stage"] != "kd":
-            fail(f"--resume: {args.out} comes from stage 1, so there is no run of stage 2 to go on with; run without --resume")
+    table = model.get_input_embeddings().weight.detach().float().cpu()                              # (V, d)
+    for t in tasks:
+        t.layout, t.start = args.layout or "chat", table.mean(0) + table.std(0) * torch.randn(args.k or 1, d, generator=torch.Generator().manual_seed(args.seed))
+        source = t.out if args.resume else t.be_path
+        maker = f"python stage1_recon.py --prompt {t.path} --model {args.model} --out {source}"
+        if args.resume or args.init == "be":
+            t.saved = load_artifact(source, "be", before, d, maker)
+            if t.saved["prompt"]["messages"] != t.messages:
+                fail(f"{source}: its vector was made for another prompt than {t.path}; make one with: {maker}")
+            if args.resume and t.saved["stage"] != "kd":
+                fail(f"--resume: {source} comes from stage 1, so there is no run of stage 2 to go on with; run without --resume")
+            again = t.saved["stage"] == "kd" and source == t.out                                     # a second run over its own output starts where the first one did
+            t.layout, t.start = t.saved["layout"], t.saved["start" if again else "vector"]
+            if args.k not in (0, len(t.start)) or args.layout not in ("", t.layout):
+                fail(f"--k, --layout: {source} has k = {len(t.start)}, layout {t.layout}; another k or layout needs a new stage 1, or --init random")
+        t.k = len(t.start)
+        t.config = vars(args) | {"prompt": t.path, "out": t.out, "be": t.be_path, "k": t.k, "layout": t.layout}
         if args.resume:
-            check_resume(saved, args)
-        layout, start = saved["layout"], saved["start"] if saved["stage"] == "kd" else saved["vector"]    # run again over its own output, it starts where it started before
-    k = len(start)
-    slot = [-1 - i for i in range(k)]
-    s = prompt_ids(tokenizer, messages, layout, model.config.max_position_embeddings)
-    prompt["tokens"] = len(s)
+            check_resume(t.out, t.saved, t.config)
+        t.s = prompt_ids(tokenizer, t.messages, t.layout, model.config.max_position_embeddings)
+        t.prompt = {"sha256": hashlib.sha256(json.dumps(t.messages).encode()).hexdigest(), "messages": t.messages, "tokens": len(t.s)}
 
-    # the queries, their split, and the teacher's answers
-    if source == "self":                                                                             # asked once, then read from the file
-        kept = Path(args.out).with_name(f"queries-{hashlib.sha256(json.dumps([before, messages, args.self_queries, args.seed]).encode()).hexdigest()[:16]}.txt")
-        if not kept.exists():
-            asked = self_queries(model, tokenizer, messages, stop, args.self_queries, args.seed)
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            Path(f"{kept}.tmp").write_text("".join(q + "\n" for q in asked), encoding="utf-8")
-            os.replace(f"{kept}.tmp", kept)
-        queries = read_queries(kept)
-        print(f"queries: {len(queries)} that the model itself asked, in {kept}, such as:\n   " + "\n   ".join(queries[:5]))
-    n_held = min(32, max(1, round(len(queries) * args.held_out)))
-    if len(queries) - n_held < args.batch:
-        fail(f"queries: expected at least --batch = {args.batch} to train on after {n_held} held out, found {len(queries)} in all ({source}); give more, or a smaller --batch")
-    random.Random(args.seed).shuffle(queries)
-    test_queries = [q for q in test_queries if q not in set(queries)]
-    everything = queries + test_queries
-    ask = [[{"role": "user", "content": q}] for q in everything]
-    full = [chat_ids(tokenizer, messages + turns) for turns in ask]                                  # what the teacher reads
-    rows = [layout_ids(tokenizer, layout, slot, turns) for turns in ask]                             # what the student reads
-    answers, teacher_hidden = teacher(model, full, stop, args.answer_tokens, args.temperature, args.seed, before, Path(args.out).parent)
-    held, train, test = range(n_held), range(n_held, len(queries)), range(len(queries), len(everything))
-    test = test or held
-    print(f"prompt: {args.prompt}, {len(s)} tokens -> {k} vector{'s' * (k > 1)}; layout {layout}; queries: {len(train)} to train on, {n_held} held out, {len(test_queries)} for test")
+    # the data
+    for t in tasks:
+        split_queries(args, t, model, tokenizer, before, stop, rank)
+    ae = find_ae(args.ae, before, d, args.model).to(device) if args.lam < 1 else torch.zeros(0, d, device=device)       # (1, d) fp32, not trained
+    for t in tasks:
+        make_examples(args, t, model, tokenizer, before, stop, rank)
+        print(f"prompt: {t.path}, {len(t.s)} tokens -> {t.k} vector{'s' * (t.k > 1)}; layout {t.layout}; "
+              f"queries: {len(t.queries) - t.n_held} to train on, {t.n_held} held out, {len(t.test_queries)} for test")
 
-    def measure(part, inputs, learned):
-        return evaluate(model, [inputs[i] for i in part], [answers[i] for i in part], [teacher_hidden[i].to(device) for i in part], learned)
+    def measure(t, part, rows, learned):
+        return evaluate(model, [rows[i] for i in part], [t.answers[i] for i in part], [t.teacher_hidden[i].to(device) for i in part], learned.to(device))
 
-    none = [layout_ids(tokenizer, layout, [], turns) for turns in ask]                               # no prompt: the same words around an empty slot
-    no_vector = torch.zeros(1, d, device=device)
-    base = measure(held, none, no_vector).sum(0)
+    # the trainable tensors, one a prompt; L_recon as in stage 1: ... [BE] [AE] s_1 ... s_m
+    offset, slots = 0, sum(t.k for t in tasks)
+    for t in tasks:
+        t.offset, offset = offset, offset + t.k
+        t.be = torch.nn.Parameter(t.start.clone().to(device))                                       # (k, d) fp32
+        t.optimizer = torch.optim.AdamW([t.be], weight_decay=0)
+        t.step, t.history, t.skipped, t.best = 0, [], 0, {"kl": math.inf, "step": 0, "vector": t.start}
+        t.inputs = checksum([json.dumps([t.rows, t.answers]), ae.cpu()])                            # what a resumed run must find again
+        if args.resume:
+            if t.saved["inputs"] != t.inputs:
+                fail(f"--resume: the queries, the [AE] or the template have changed since {t.out} began; put them back, or run without --resume to start anew")
+            t.step, t.best, t.history, t.skipped = t.saved["step"], t.saved["best"], t.saved["history"], t.saved["skipped"]
+            t.be.data.copy_(t.saved["last"])
+            if "optimizer" in t.saved:                                                               # a finished run has none
+                t.optimizer.load_state_dict(t.saved["optimizer"])
+        row = t.rows[0]
+        t.recon_ids = torch.tensor([row[:row.index(-1)] + [-1 - t.offset - i for i in range(t.k)] + [-1 - slots] + t.s[:-1]], device=device)      # (1, s + k + m)
+        t.base = measure(t, t.held, t.none, torch.zeros(1, d)).sum(0)
+        if device.type == "cpu" and len(t.s) > 1024:
+            model.set_attn_implementation("sdpa")           # eager keeps (heads, T, T) a layer for L_recon's backward pass: 20 GB at 3,000 tokens
 
-    # the one trainable tensor; L_recon as in stage 1
-    be = start.clone().to(device)                                                                    # (k, d) fp32
-    first, best, history, artifact = 0, {"kl": math.inf, "step": 0, "vector": start}, [], saved
-    # Adam's moments, and the whole second moment of which Adam keeps the diagonal: for one vector that is a (d, d) matrix, so it can be had
-    zeros = torch.zeros(k, d, device=device)
-    optimizer = {"first": zeros, "second": zeros.clone(), "whole": zeros[..., None] * zeros[:, None], "root": zeros[..., None] * zeros[:, None]}
-    if args.resume:
-        first, best, history = saved["step"], saved["best"], saved["history"]
-        be.copy_(saved["last"])
-        optimizer = {name: moment.to(device) for name, moment in saved.get("optimizer", {}).items()}
-    if device.type == "cpu" and len(s) > 1024:
-        model.set_attn_implementation("sdpa")               # eager keeps (heads, T, T) a layer for L_recon's backward pass: 20 GB at 3,000 tokens
-    if args.lam < 1:
-        ae = find_ae(args.ae, before, d, args.model).to(device)                                      # (1, d) fp32, not trained
-        opening = rows[0][:rows[0].index(-1)] + slot + [-1 - k]                                      # ... [BE] [AE]
-        recon_ids, recon_target = torch.tensor([opening + s[:-1]], device=device), torch.tensor(s, device=device)
+    def save(t):
+        kl, tokens = t.best["kl"], t.base[2].item()
+        t.saved = {
+            "kind": "be", "stage": "kd", "vector": t.best["vector"], "layout": t.layout, "prompt": t.prompt, "step": t.step, "config": t.config, "start": t.start, "inputs": t.inputs,
+            "model": {"name": args.model, "revision": getattr(model.config, "_commit_hash", None), "fingerprint": before, "d": d},
+            "metrics": {"held_out_kl": kl, "held_out_gap_closed": 1 - kl * tokens / t.base[0].item(), "n": len(t.held)}, "history": t.history, "skipped": t.skipped,
+            "best": t.best, "last": t.be.detach().cpu(), "optimizer": t.optimizer.state_dict(),
+            "versions": {"nanobe": VERSION, "torch": str(torch.__version__), "transformers": transformers.__version__}}
+        save_artifact(t.out, t.saved)
 
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="[BE] distil", dynamic_ncols=True)
+    asked, bad, first = [], 0, min(t.step for t in tasks)
+    on_stop(asked.append)
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="[BE] distil", dynamic_ncols=True, disable=rank > 0)
     for step in bar:
-        per_epoch = len(train) // args.batch                                                         # the order depends on seed and step alone: a resumed run sees the same
-        order = random.Random(f"{args.seed} {step // per_epoch}").sample(train, len(train))
-        part = order[step % per_epoch * args.batch:][:args.batch]
         lr = args.lr * min(1, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        # a copy of [BE] for each query, and one for L_recon, so that the backward pass leaves each one's own gradient
-        n = args.batch + 1
-        copies = be.repeat(n, 1).requires_grad_()                                                    # (n k, d)
-        inputs = [[t - k * j if t < 0 else t for t in rows[i]] for j, i in enumerate(part)]          # query j reads copy j
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and dtype == torch.bfloat16):
-            hidden = answer_hidden(model, inputs, [answers[i] for i in part], copies)                # (sum T, d)
-            target = torch.cat([teacher_hidden[i] for i in part]).to(hidden)                         # (sum T, d)
-            kd = token_loss(hidden, weight, target, args.tau)
-            loss = args.lam * kd
-            history.append({"step": step, "L_KD": kd.item()})
-            if args.lam < 1 and step % args.recon_every == 0:
-                hidden = body(inputs_embeds=embed(model, recon_ids, torch.cat([copies[-k:], ae])), use_cache=False).last_hidden_state[0, -len(s):]
-                recon = token_loss(hidden, weight, recon_target)
-                loss = loss + (1 - args.lam) * args.recon_every * recon
-                history[-1]["L_recon"] = recon.item()
-        if not math.isfinite(loss.item()):
-            fail(f"the loss is {loss.item()} in step {step}; the last good vector, if any, is in {args.out}; use a smaller --lr")
-        loss.backward()
-        grads = copies.grad.view(n, k, d)
-        o, own = optimizer, grads[:-1]                                                               # own (B, k, d): L_recon is no sample of the queries' spread
-        o["first"].lerp_(grads.sum(0), 0.1)
-        o["second"].lerp_(grads.sum(0) ** 2, 0.001)
-        o["whole"].lerp_(torch.einsum("bki,bkj->kij", own, own), 0.01)
-        if step < 10 or step % 10 == 0:
-            o["root"] = inverse_root(o["whole"] / (1 - 0.99 ** (step + 1)))                          # (k, d, d)
-        mean = o["first"] / (1 - 0.9 ** (step + 1))                                                  # (k, d)
-        adam = mean / ((o["second"] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
-        move = (o["root"] @ mean[..., None])[..., 0]
-        be -= lr * move * adam.norm() / (move.norm() + 1e-12)                                   # the whole matrix gives the direction, Adam the length
+        active = [t for t in tasks if t.step == step]                                                # a run killed between two saves goes on prompt by prompt
+        learned = torch.cat([t.be.detach() for t in tasks]).requires_grad_()                         # (slots, d)
+        batch = []
+        for t in active:
+            per_epoch = len(t.train) // args.batch                                                   # the order depends on seed and step alone: a resumed run sees the same
+            order = random.Random(f"{args.seed} {step // per_epoch}").sample(t.train, len(t.train))
+            part = order[step % per_epoch * args.batch:][:args.batch]
+            t.kd, t.tokens = 0.0, sum(len(t.answers[i]) for i in part)
+            batch += [(t, i) for i in part]
+        batch.sort(key=lambda x: len(x[0].rows[x[1]]) + len(x[0].answers[x[1]]))                     # like lengths together, then every world-th to each rank
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and dtype == torch.bfloat16)
+        for j in range(rank, len(batch), world * args.micro_batch):
+            micro = batch[j:j + world * args.micro_batch:world]
+            rows = [[x - t.offset if x < 0 else x for x in t.rows[i]] for t, i in micro]             # slot i of prompt t is row t.offset + i of learned
+            answers = [t.answers[i] for t, i in micro]
+            with autocast:
+                hidden = answer_hidden(model, rows, answers, learned)                                # (sum T, d)
+                target = torch.cat([t.teacher_hidden[i] for t, i in micro]).to(hidden)               # (sum T, d)
+                losses = token_loss(hidden, weight, target, args.tau).split([len(a) for a in answers])
+            shares = [loss.sum() / t.tokens for (t, _), loss in zip(micro, losses)]                  # each prompt's mean over its own tokens of the step
+            (args.lam * sum(shares)).backward()
+            for (t, _), share in zip(micro, shares):
+                t.kd += share.item()
+        if args.lam < 1 and step % args.recon_every == 0:
+            for t in active[rank::world]:
+                with autocast:
+                    hidden = body(inputs_embeds=embed(model, t.recon_ids, torch.cat([learned, ae])), use_cache=False).last_hidden_state[0, -len(t.s):]
+                    recon = token_loss(hidden, weight, torch.tensor(t.s, device=device)).mean()
+                ((1 - args.lam) * args.recon_every * recon).backward()
+                t.history.append({"step": step, "L_recon": recon.item()})
+        grad = learned.grad if learned.grad is not None else torch.zeros_like(learned)
+        sums = torch.tensor([*(t.kd for t in active), bool(asked)], device=device)
+        if world > 1:
+            torch.distributed.all_reduce(grad)
+            torch.distributed.all_reduce(sums)
+        finite = bool(sums.isfinite().all() and grad.isfinite().all())
+        bad = 0 if finite else bad + 1
+        for t, kd in zip(active, sums.tolist()):
+            t.optimizer.param_groups[0]["lr"] = lr
+            t.be.grad = grad[t.offset:t.offset + t.k]
+            if finite:
+                t.optimizer.step()
+            t.step, t.skipped = step + 1, t.skipped + (not finite)
+            t.history.append({"step": step, "L_KD": kd})
+        if not finite:
+            tqdm.write(f"step {step}: the loss or its gradient is not finite; skipped")
 
-        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-            kl, _, tokens = measure(held, rows, be).sum(0).tolist()
-            history[-1]["held-out KL"] = kl / tokens
-            if kl / tokens < best["kl"]:
-                best = {"kl": kl / tokens, "step": step + 1, "vector": be.cpu().clone()}
-            save_artifact(args.out, artifact := {
-                "kind": "be", "stage": "kd", "vector": best["vector"], "layout": layout, "prompt": prompt, "step": step + 1, "config": vars(args),
-                "model": {"name": args.model, "revision": getattr(model.config, "_commit_hash", None), "fingerprint": before, "d": d},
-                "metrics": {"held_out_kl": best["kl"], "held_out_gap_closed": 1 - best["kl"] * tokens / base[0].item(), "n": n_held}, "history": history, "start": start,
-                "best": best, "last": be.cpu(), "optimizer": optimizer,
-                "versions": {"nanobe": VERSION, "torch": str(torch.__version__), "transformers": transformers.__version__}})
-        bar.set_postfix(L_KD=f"{kd.item():.3f}", **({"held_out_KL": f"{best['kl']:.4f}", "gap_closed": f"{1 - best['kl'] * base[2].item() / base[0].item():.3f}"} if best["step"] else {}))
+        due, halt = (step + 1) % args.eval_every == 0 or step + 1 == args.steps, sums[-1] > 0 or bad == 3
+        for t in active if rank == 0 and (due or halt) else []:
+            if due:
+                kl, _, tokens = measure(t, t.held, t.rows, t.be.detach()).sum(0).tolist()
+                t.history.append({"step": step, "held-out KL": kl / tokens})
+                if kl / tokens < t.best["kl"]:
+                    t.best = {"kl": kl / tokens, "step": step + 1, "vector": t.be.detach().cpu().clone()}
+            save(t)
+        if bad == 3:
+            fail(f"steps {step - 2} to {step}: the loss or its gradient was not finite three times in a row; the last good vector is in {tasks[0].out}; start anew with a --lr below {args.lr}", code=1)
+        if halt:
+            bar.close()
+            print(f"stopped after step {step + 1}; go on with --resume")
+            sys.exit(128 + (asked or [signal.SIGTERM])[0])
+        gaps = [1 - t.best["kl"] * t.base[2].item() / t.base[0].item() for t in tasks if t.best["step"]]
+        bar.set_postfix(L_KD=f"{sum(t.kd for t in active) / len(active):.3f}", **({"held_out_gap_closed": f"{sum(gaps) / len(gaps):.3f}"} if gaps else {}))
     bar.close()
+    on_stop(lambda number: sys.exit(128 + number))
 
-    # the table of controls
-    vector = best["vector"].to(device)
-    noise = (table.mean(0) + table.std(0) * torch.randn(k, d)).to(device)
-    plural = "s" * (k > 1)
-    controls = {"full prompt": (full, no_vector), f"[BE], {k} vector{plural}": (rows, vector), "no prompt (empty slot)": (none, no_vector),
-                "no system block at all": ([layout_ids(tokenizer, "block", [], t) for t in ask], no_vector), "default system prompt": ([chat_ids(tokenizer, t) for t in ask], no_vector),
-                f"random vector{plural}": (rows, noise), f"prompt cut to {k} token{plural}": ([layout_ids(tokenizer, layout, s[:k], t) for t in ask], no_vector)}
-    scores = {name: measure(test, inputs, learned) for name, (inputs, learned) in controls.items()}
-    draws = torch.randint(len(test), (1000, len(test)), generator=torch.Generator().manual_seed(0)) # bootstrap over queries
-    table = {}
-    print(f"\n{len(test)} {'test' if test_queries else 'held-out'} queries, {int(scores['no prompt (empty slot)'][:, 2].sum())} answer tokens; 95% interval over queries\n")
-    print(f"{'':24s}{'KL':>8s}{'top-1':>8s}{'gap closed':>12s}{'95%':>18s}{'tokens fed':>12s}")
-    for name, x in scores.items():
-        inputs = controls[name][0]
-        gap = 1 - x[draws, 0].sum(1) / scores["no prompt (empty slot)"][draws, 0].sum(1)
-        table[name] = {"kl": (x[:, 0].sum() / x[:, 2].sum()).item(), "top1": (x[:, 1].sum() / x[:, 2].sum()).item(),
-                       "gap_closed": 1 - (x[:, 0].sum() / scores["no prompt (empty slot)"][:, 0].sum()).item(), "gap_closed_95": gap.quantile(torch.tensor([0.025, 0.975])).tolist(),
-                       "tokens": sum(len(inputs[i]) for i in test) / len(test), "n": len(test)}
-        print("{:24s}{kl:8.4f}{top1:8.1%}{gap_closed:12.3f}{:>18s}{tokens:12.0f}".format(name, "{:.3f} to {:.3f}".format(*table[name]["gap_closed_95"]), **table[name]))
-    if "optimizer" in artifact:
-        artifact["metrics"]["controls"] = table
-        del artifact["optimizer"]                                                                    # megabytes, and the run is done
-        save_artifact(args.out, artifact)
-        plot(Path(args.out).with_suffix(".kd.png"), history, f"stage 2: {Path(args.prompt).name}")
+    # the table of controls, for each turn of a chat
+    for t in tasks if rank == 0 else []:
+        kind, plural = "test" if t.test_queries else "held-out", "s" * (t.k > 1)
+        noise = table.mean(0) + table.std(0) * torch.randn(t.k, d, generator=torch.Generator().manual_seed(args.seed + 1))
+        none = torch.zeros(1, d)
+        controls = {"full prompt": (t.full, none), f"[BE], {t.k} vector{plural}": (t.rows, t.best["vector"]), "no prompt (empty slot)": (t.none, none),
+                    "no system block at all": ([layout_ids(tokenizer, "block", [], c) for c in t.turns], none), "default system prompt": ([chat_ids(tokenizer, c) for c in t.turns], none),
+                    f"random vector{plural}": (t.rows, noise), f"prompt cut to {t.k} token{plural}": ([layout_ids(tokenizer, t.layout, t.s[:t.k], c) for c in t.turns], none)}
+        fresh = args.steps == 0 or "turns" not in t.saved["metrics"]                                 # a finished run that is resumed shows its table again
+        tables = [compare({name: measure(t, part, rows, learned) for name, (rows, learned) in controls.items()}, {name: [rows[i] for i in part] for name, (rows, _) in controls.items()})
+                  for part in t.test] if fresh else t.saved["metrics"]["turns"]
+        for turn, found in enumerate(tables, 1):
+            n, tokens = (found["full prompt"][key] for key in ("n", "answer_tokens"))
+            print(f"\n{t.path}" * (len(tasks) > 1) + f"\n{n} {kind} queries, {tokens} answer tokens" + f", turn {turn} of the chat" * (len(tables) > 1) + "; 95% interval over queries\n")
+            print(f"{'':24s}{'KL':>8s}{'top-1':>8s}{'gap closed':>12s}{'95%':>18s}{'tokens fed':>12s}")
+            for name, row in found.items():
+                print("{:24s}{kl:8.4f}{top1:8.1%}{gap_closed:12.3f}{:>18s}{tokens:12.0f}".format(name, "{:.3f} to {:.3f}".format(*row["gap_closed_95"]), **row))
+        if args.steps == 0:
+            continue
+        if fresh:
+            t.saved["metrics"] |= {"controls": tables[0], "turns": tables}
+            del t.saved["optimizer"]                                                                 # the run is done
+            save_artifact(t.out, t.saved)
+            plot(Path(t.out).with_suffix(".kd.png"), t.history, f"stage 2: {Path(t.path).name}")
+        print(f"\nwrote {t.out}: {t.be.numel()} trained numbers, the best on held-out queries, of step {t.best['step']}; {t.skipped} steps skipped")
+        print(f'next: python infer.py --be {t.out} --query "{(t.test_queries or t.queries)[0]}" --compare')
     assert fingerprint(model) == before, "the frozen model has changed"
-    print(f"\nwrote {args.out}: {be.numel()} trained numbers, the best on held-out queries, of step {best['step']}; every weight of the model is as it was\n"
-          f'next: python infer.py --be {args.out} --query "{test_queries[0] if test_queries else queries[0]}" --compare')
+    print("every weight of the model is as it was")
 
 
 if __name__ == "__main__":
