@@ -1,6 +1,6 @@
-"""Role play: does [BE] act the part as well as the prompt that it stands for? RoleBench's roles and test questions, answered with the prompt, with [BE] and with none.
+"""Role play: does [BE] act the part as well as the prompt that it stands for? RoleBench's roles, with the prompt, [BE] and none.
 
-    ROUGE-L F of an answer against RoleBench's references, and against the full prompt's answer;   retention = ROUGE-L of [BE] / ROUGE-L of the full prompt
+    ROUGE-L F of an answer against RoleBench's references, and against the full prompt's answer        retention = ROUGE-L of [BE] / of the full prompt
     win rate = (W + T / 2) / (W + T + L), from a judge that sees each pair ([BE], full prompt) in both orders        (paper, main results)
 
     python data/rolellm/prepare.py                                                  # RoleBench, from the hub
@@ -11,10 +11,10 @@
     python eval_rolellm.py --temperature 0.7 --top-p 0.9                            # the paper's decoding; greedy is repeatable
     NANOBE_JUDGE_KEY=... python eval_rolellm.py --judge-url https://api.openai.com/v1 --judge-model gpt-4o
 
-Reads   a folder in RoleBench's layout. The judge is any server with an OpenAI-compatible /chat/completions, its key is in NANOBE_JUDGE_KEY or OPENAI_API_KEY.
-Writes  out/rolellm.md and .json (the table), out/rolellm.answers.jsonl and .verdicts.jsonl (a row each: a killed run goes on where it stopped; the same run again only
-        prints), and in out/roles the prompts, questions and artifacts by role, with the commands that made them in NAME.sh.
-Expect  EXPECT
+Reads   a folder in RoleBench's layout. The judge is any server with an OpenAI-compatible /chat/completions; its key is in NANOBE_JUDGE_KEY or OPENAI_API_KEY.
+Writes  out/rolellm.md and .json, the table; out/rolellm.answers.jsonl and .verdicts.jsonl, so that a killed run goes on where it stopped; and in out/roles
+        each role's prompt, questions and artifact, with the commands that made it in NAME.sh
+Expect  SmolLM2-135M-Instruct on one core of two, beside another job: 46 s for 12 questions, three answers of 16 tokens each; a role's training is stage 2's (see there)
 """
 import argparse
 import concurrent.futures
@@ -62,8 +62,8 @@ The question: {question}
 {b}
 </B>
 
-The better answer sounds like this character, fits the character's personality and story, and answers the question. Length counts for nothing, and so does the order.
-Reply with exactly one of these and nothing else: A (the first is better), B (the second is better), TIE (neither is better)."""
+The better answer sounds like this character, fits the character's personality and story, and answers the question. Length and order count for nothing.
+Reply A if the first is better, B if the second is better, TIE if neither is. Reply with that alone: A, B or TIE."""
 
 
 def settings():
@@ -250,8 +250,8 @@ def layout_ids(tokenizer, layout, slot, turns):
 # --- end shared ----------------------------------------------------------
 
 
-def read_roles(folder, names, count, questions):
-    """RoleBench -> {role: {"description", "train": questions, "test": [(question, references)]}}. Exits with one line on a folder or role that is not as expected."""
+def read_roles(folder, names, count):
+    """RoleBench -> {role: {"description", "train": questions, "test": [(question, references)]}}. Exits with one line where it is not as expected."""
     def rows(path):
         return [json.loads(line) for line in Path(folder, path).read_text(encoding="utf-8").splitlines() if line.strip()]
 
@@ -265,9 +265,10 @@ def read_roles(folder, names, count, questions):
             test.setdefault(r["role"], {}).setdefault(line(r["question"]), [r["generated"]] if isinstance(r["generated"], str) else r["generated"])
         for name in names:
             if name not in descriptions or name not in test:
-                fail(f"--roles {name!r}: expected a role with a description and test questions in {folder}, such as: {', '.join([r for r in descriptions if r in test][:8])}")
+                there = ", ".join([r for r in descriptions if r in test][:8])
+                fail(f"--roles {name!r}: expected a role with a description and test questions in {folder}, such as: {there}")
         names = (list(dict.fromkeys(names)) or [r for r in descriptions if r in test])[:count]
-        return {r: {"description": line(descriptions[r]), "test": list(test[r].items())[:questions],
+        return {r: {"description": line(descriptions[r]), "test": list(test[r].items()),
                     "train": [line(x["instruction"]) for x in rows(f"instructions-eng/role-specific-{r}.jsonl")]} for r in names}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         fail(f"--data {folder}: expected RoleBench's layout ({type(e).__name__}: {e}); fetch it with: python data/rolellm/prepare.py")
@@ -306,7 +307,8 @@ def train(args, role, path, prompt):
         stages.pop(f"{base}.recon.pt")
     recipe = "".join(shlex.join(["python", *command]) + "\n" for command in stages.values())
     if any(map(os.path.exists, stages)) and (not os.path.exists(f"{base}.sh") or Path(f"{base}.sh").read_text() != recipe):
-        fail(f"{base}.pt was made, or begun, by other commands than these options ask for ({base}.sh); remove both, choose another --out, or take it as it is with --artifacts {base.parent}")
+        fail(f"{base}.pt was made, or begun, by other commands than these options ask for ({base}.sh); "
+             f"remove both, choose another --out, or take it as it is with --artifacts {base.parent}")
     if path.exists():
         if "controls" in load_artifact(path, "be", None, None, maker)["metrics"]:
             return
@@ -365,9 +367,11 @@ def generate(model, rows, learned, stop, limit, temperature, top_p, seeds):
 
 
 def read_verdict(reply):
-    """What the judge said -> "A", "B", "TIE", or None where that is not clear. The verdict may stand alone, or alone on the first or on the last line; thoughts are left out."""
+    """What the judge said -> "A", "B", "TIE", or None where that is not clear: it must be all of the first or of the last line, give or take
+    "Verdict:" before it, a remark in brackets behind it, and punctuation. What a thinking model thinks is left out."""
     lines = [x for x in re.sub(r"^.*</think>|<think>.*", "", reply, flags=re.S).splitlines() if re.search(r"\w", x)]
-    form = r"[\W_]*(?:(?:(?:my|the)\s+)?(?:final\s+)?(?:verdict|answer|choice|winner|result)(?:\s+is)?[\W_]+)?(?:(?:answer|option|actor)\s+)?(A|B|(?:a\s+)?TIE)[\W_]*"
+    before = r"[\W_]*(?:(?:(?:my|the)\s+)?(?:final\s+)?(?:verdict|answer|choice|winner|result)(?:\s+is)?[\W_]+)?(?:(?:answer|option|actor)\s+)?"
+    form = before + r"(A|B|(?:a\s+)?TIE)[\W_]*(?:\((?:(?!\b(?:A|B|TIE)\b).)*\)[\W_]*)?"
     found = {m[1].split()[-1].upper() for x in lines[:1] + lines[-1:] if (m := re.fullmatch(form, x, re.I))}
     return found.pop() if len(found) == 1 else None
 
@@ -402,10 +406,10 @@ def ask_judge(url, body, key):
 
 
 def judge(args, roles, texts, url, options, key):
-    """Each pair ([BE], full prompt) in both orders -> {role: W, T, L and pairs without two clear verdicts}. Texts that are equal are a tie and are not sent.
+    """Each pair ([BE], full prompt) in both orders -> {role: W, T, L, and the pairs without two clear verdicts}. Equal texts are a tie and are not sent.
 
-    Verdicts are kept by a hash of all that is sent: model, options, both texts, their order. An order alone is a half-truth, since judges lean to one side: a pair
-    counts by the sum of its two verdicts, so A twice, which is one vote for each, is a tie.
+    Verdicts are kept by a hash of all that is sent: model, options, both texts, their order. Judges lean to one side, so a pair counts by the sum of its two
+    verdicts: A twice is one vote for each, a tie.
     """
     pairs, bodies = {}, {}
     for name, role in roles.items():
@@ -422,7 +426,8 @@ def judge(args, roles, texts, url, options, key):
     missing = [k for k in bodies if k not in found]
     print(f"judge: {len(bodies) - len(missing)} verdicts found, {len(missing)} to ask {args.judge_model} for, {path}")
     try:
-        with open(path, "a", encoding="utf-8") as f, concurrent.futures.ThreadPoolExecutor(args.judge_at_once) as pool, tqdm(total=len(missing), desc="verdicts", dynamic_ncols=True) as bar:
+        pool, bar = concurrent.futures.ThreadPoolExecutor(args.judge_at_once), tqdm(total=len(missing), desc="verdicts", dynamic_ncols=True)
+        with open(path, "a", encoding="utf-8") as f, pool, bar:
             for part in [missing[i:i + args.judge_at_once] for i in range(0, len(missing), args.judge_at_once)]:
                 for k, reply in zip(part, pool.map(lambda k: ask_judge(url, bodies[k], key), part)):
                     found[k] = {"key": k, "judge": args.judge_model, "reply": reply}
@@ -449,8 +454,9 @@ def interval(top, bottom=None):
 
 
 # the table: key of a role's row, head, format
-COLUMNS = [("n", "n", "d"), ("full", "full prompt", ".3f"), ("be", "[BE]", ".3f"), ("none", "none", ".3f"), ("retention", "[BE] / full", ".1%"), ("be_teacher", "[BE] ~ full", ".3f"),
-           ("none_teacher", "none ~ full", ".3f"), ("kl", "KL", ".3f"), ("gap_closed", "gap closed", ".3f"), ("win_rate", "win rate", ".1%"), ("wtl", "W / T / L", "s"), ("unparsable", "unparsable", "d")]
+COLUMNS = [("n", "n", "d"), ("full", "full prompt", ".3f"), ("be", "[BE]", ".3f"), ("none", "none", ".3f"), ("retention", "[BE] / full", ".1%"),
+           ("be_teacher", "[BE] ~ full", ".3f"), ("none_teacher", "none ~ full", ".3f"), ("kl", "KL", ".3f"), ("gap_closed", "gap closed", ".3f"),
+           ("win_rate", "win rate", ".1%"), ("wtl", "W / T / L", "s"), ("unparsable", "unparsable", "d")]
 
 
 def summarize(rows):
@@ -495,12 +501,13 @@ def main():
         fail(f"--judge-url {args.judge_url}: expected http:// or https:// and a server, such as http://localhost:8000/v1")
     url = args.judge_url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
     key = (os.environ.get("NANOBE_JUDGE_KEY") or os.environ.get("OPENAI_API_KEY") or "").strip()    # stays in memory: never printed, never written
-    roles = read_roles(args.data, args.roles, args.num_roles, args.num_questions)
+    roles = read_roles(args.data, args.roles, args.num_roles)
     folder = Path(args.artifacts or Path(args.out).parent / "roles")
     for name, role in roles.items():
         role |= {"prompt": TEMPLATE.format(role=name, description=role["description"]), "path": folder / f"{name.replace(' ', '_')}.pt"}
         if not args.artifacts:
-            train(args, role, role["path"], role["prompt"])
+            train(args, role, role["path"], role["prompt"])                                         # stage 2 measures KL on all of the test questions
+        role["test"] = role["test"][:args.num_questions]
         maker = f"python eval_rolellm.py --roles {shlex.quote(name)}, without --artifacts"
         be = load_artifact(role["path"], "be", None, None, maker)
         if [m["content"] for m in be["prompt"].get("messages", [])] != [role["prompt"]]:
@@ -534,7 +541,8 @@ def main():
         for (name, condition), rows in plan.items():
             vector, missing = roles[name]["be"]["vector"].to(device), [k for k in rows if k not in found]
             bar.update(len(rows) - len(missing))
-            for i, said in generate(model, [rows[k][1] for k in missing], vector, stop, args.max_new_tokens, args.temperature, args.top_p, [int(k[:15], 16) for k in missing]):
+            ids, seeds = [rows[k][1] for k in missing], [int(k[:15], 16) for k in missing]
+            for i, said in generate(model, ids, vector, stop, args.max_new_tokens, args.temperature, args.top_p, seeds):
                 row = {"key": missing[i], "role": name, "condition": condition, "question": rows[missing[i]][0],
                        "answer": tokenizer.decode(said, skip_special_tokens=True).strip(), "tokens": len(said)}
                 f.write(json.dumps(row) + "\n")
@@ -544,7 +552,7 @@ def main():
     texts = {(name, condition, question): found[k]["answer"] for (name, condition), rows in plan.items() for k, (question, _) in rows.items()}
     print(f"answers: {len(texts) - made} found, {made} made, {path}")
 
-    # the scores; no stemmer: RoleLLM names ROUGE-L and published no scorer, and this is the package's default, which RoleBench's published harness (OpenCompass) uses too
+    # the scores. RoleLLM names ROUGE-L and published no scorer; without a stemmer is the package's default, and RoleBench's in OpenCompass
     scorer, verdicts, rows = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False), {}, []
     if args.judge_url:
         verdicts = judge(args, roles, texts, url, options, key)
@@ -553,10 +561,11 @@ def main():
         r = {"role": name, "n": n, "prompt_tokens": role["be"]["prompt"]["tokens"], "k": len(role["be"]["vector"]), "layout": role["be"]["layout"]}
         for condition in ("full", "be", "none"):
             answers = [texts[name, condition, q] for q, _ in role["test"]]
-            r[condition] = sum(scorer.score_multi(refs, a)["rougeL"].fmeasure for (_, refs), a in zip(role["test"], answers)) / n       # the best of several references
-            r[f"{condition}_teacher"] = sum(scorer.score(texts[name, "full", q], a)["rougeL"].fmeasure for (q, _), a in zip(role["test"], answers)) / n
+            teacher = [texts[name, "full", q] for q, _ in role["test"]]
+            r[condition] = sum(scorer.score_multi(refs, a)["rougeL"].fmeasure for (_, refs), a in zip(role["test"], answers)) / n   # the best of several references
+            r[f"{condition}_teacher"] = sum(scorer.score(t, a)["rougeL"].fmeasure for t, a in zip(teacher, answers)) / n
         r["retention"] = r["be"] / r["full"] if r["full"] > 0 else None
-        control = next((row for what, row in metrics.get("controls", {}).items() if what.startswith("[BE]")), {})                       # stage 2's own table
+        control = next((row for what, row in metrics.get("controls", {}).items() if what.startswith("[BE]")), {})                  # stage 2's own table
         r |= {"kl": control.get("kl"), "gap_closed": control.get("gap_closed"), "held_out_gap_closed": metrics.get("held_out_gap_closed")}
         r |= verdicts.get(name, dict.fromkeys(["W", "T", "L", "unparsable"]))
         judged = sum(r[x] for x in "WTL") if verdicts else 0
@@ -564,14 +573,17 @@ def main():
         rows.append(r)
     means = summarize(rows)
     decoding = f"temperature {args.temperature}, top-p {args.top_p}, seed {args.seed}" if sampling else "greedy"
-    notes = [f"{args.model}; {decoding}, {args.max_new_tokens} new tokens; ROUGE-L F, without a stemmer, the best of a question's references; *~ full*: against the full prompt's answer; "
-             "*none*: the template's words around an empty slot. KL and gap closed: as stage 2 measured them, on the artifact's test questions. Means over roles, 95% bootstrap interval over roles."]
+    notes = [f"{args.model}; {decoding}, {args.max_new_tokens} new tokens. ROUGE-L F, without a stemmer, the best of a question's references; *~ full*: against the full "
+             "prompt's answer; *none*: the template's words around an empty slot. KL and gap closed: stage 2's own table, in the artifact. Means over roles, with a 95% "
+             "bootstrap interval over roles."]
     if verdicts:
-        notes += ["", f"Judge {args.judge_model}: [BE] against the full prompt, each pair in both orders; win rate = (W + T / 2) / (W + T + L); pairs without two clear verdicts are counted apart."]
+        notes += ["", f"Judge {args.judge_model}: [BE] against the full prompt, each pair in both orders; win rate = (W + T / 2) / (W + T + L); equal answers are a tie; "
+                      "pairs without two clear verdicts are counted apart."]
     text = report(rows, means, notes)
     write(f"{args.out}.md", text)
     config = {k: v for k, v in vars(args).items() if k != "judge_url"}
-    write(f"{args.out}.json", json.dumps({"config": config, "fingerprint": before, "roles": rows, "mean": {k: {"mean": m, "interval_95": i} for k, (m, i) in means.items()}}, indent=1) + "\n")
+    over = {k: {"mean": mean, "interval_95": ends} for k, (mean, ends) in means.items()}
+    write(f"{args.out}.json", json.dumps({"config": config, "fingerprint": before, "roles": rows, "mean": over}, indent=1) + "\n")
     print(f"\n{text}\nwrote {args.out}.md and {args.out}.json")
 
 

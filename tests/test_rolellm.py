@@ -159,7 +159,7 @@ def test_the_stages_run_as_processes(role, checkpoints, work, command):
     assert r.code == 0, r.err
     data = result()
     assert len(data["roles"]) == 1 and data["roles"][0]["n"] == 1 and data["mean"]["be"]["interval_95"] is None
-    assert torch.load("out/roles/Old_Captain.pt", weights_only=True)["metrics"]["controls"]["full prompt"]["n"] == 1
+    assert torch.load("out/roles/Old_Captain.pt", weights_only=True)["metrics"]["controls"]["full prompt"]["n"] == 3         # KL is over all test questions
 
 
 def test_finished_artifacts_need_no_training(role, checkpoints, artifacts, command, in_process):
@@ -256,9 +256,10 @@ def test_the_interval_is_over_roles(role):
     ("A", "A"), ("b", "B"), (" TIE\n", "TIE"), ("A.", "A"), ("**B**", "B"), ("(A)", "A"), ("[[B]]", "B"), ("\"A\"", "A"), ("`tie`", "TIE"), ("A tie.", "TIE"), ("__TIE__", "TIE"),
     ("Answer: B", "B"), ("**Verdict:** A", "A"), ("My final verdict is: TIE", "TIE"), ("The winner is Actor A!", "A"), ("Option B", "B"), ("Answer A", "A"),
     ("A\n\nIt sounds like the captain.", "A"), ("The first is a pirate.\nB has no voice.\n\nFinal answer: **A**", "A"),
+    ("A (the first is better)", "A"), ("B (the second).\n\nThe better answer is: Jack Spar", "B"),
     ("<think>B? No: A is the one. TIE?</think>\nB", "B"), ("it may be A</think>B", "B"),
     ("", None), ("\n", None), ("C", None), ("AB", None), ("A or B", None), ("A, B", None), ("Neither is better.", None), ("Both are equal", None), ("A good question!", None),
-    ("Better", None), ("Aye", None), ("A\nB", None), ("A: A\n\nA: B\n\nB: C\n\nC", None), ("<think>A, since", None), ("I think that A is better than B", None), ("Reply: A, B or TIE", None), ("untie", None)])
+    ("Better", None), ("Aye", None), ("A\nB", None), ("A: A\n\nA: B\n\nB: C\n\nC", None), ("<think>A, since", None), ("I think that A is better than B", None), ("Reply: A, B or TIE", None), ("untie", None), ("A (or B)", None), ("A, though B is close", None)])
 def test_a_verdict_is_read_only_where_it_is_clear(role, reply, verdict):
     assert role.read_verdict(reply) == verdict
 
@@ -505,7 +506,7 @@ def test_prepare_reads_a_folder_or_fetches_one(role, work, monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
     assert prepare(work, monkeypatch) == 0
     assert (work / "data/rolellm/Dr._T._Baker.queries.txt").read_text().count("\n") == len(SENTENCES)
-    assert list(role.read_roles("data/rolellm/rolebench", [], None, None)) == list(ROLES)              # where the evaluation looks by default
+    assert list(role.read_roles("data/rolellm/rolebench", [], None)) == list(ROLES)              # where the evaluation looks by default
 
     def gone(*a, **k):
         raise huggingface_hub.errors.OfflineModeIsEnabled("no network")
