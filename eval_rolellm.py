@@ -93,10 +93,10 @@ def settings():
 
 
 # --- shared: fail --------------------------------------------------------
-def fail(message):
+def fail(message, code=2):
     """A user's mistake: one line on stderr that says what was expected, what came and what to do; exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def number(kind, low, high=math.inf):
@@ -168,7 +168,7 @@ def embed(model, ids, learned):
 # --- end shared ----------------------------------------------------------
 
 
-# --- shared: load_artifact ----------------------------------------------
+# --- shared: load_artifact -----------------------------------------------
 def fingerprint(model):
     """sha256 over the names, shapes and bf16 bits of all weights: the same for a model opened in bf16 or in fp32."""
     h = hashlib.sha256()
@@ -178,26 +178,39 @@ def fingerprint(model):
     return h.hexdigest()
 
 
+def checksum(x):
+    """sha256 over the content of nested dicts, lists, tensors, numbers and strings. A tensor counts with its storage: a few bytes cannot claim to be gigabytes."""
+    if torch.is_tensor(x):
+        data = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage().cpu()).numpy()
+        return hashlib.sha256(f"{x.dtype} {tuple(x.shape)} {x.stride()}".encode() + data.tobytes()).hexdigest()
+    if isinstance(x, dict):
+        x = [(name, checksum(value)) for name, value in x.items()]
+    elif isinstance(x, (list, tuple)):
+        x = [checksum(value) for value in x]
+    return hashlib.sha256(repr(x).encode()).hexdigest()
+
+
 def load_artifact(path, kind, model_print, d, maker, strict=True):
-    """The artifact at `path`, checked: its kind ("ae" or "be"), model and size. Exits with one line, naming `maker`, the command that makes
-    the right one; strict=False returns None for another model's artifact; model_print None takes any model's."""
+    """The artifact at `path`, whole, of this kind ("ae" or "be"), for this model. Exits with one line that names `maker`, the command that makes the
+    right one; strict=False returns None for another model's artifact; model_print None takes any model's."""
+    whole = False
     try:
         a = torch.load(path, map_location="cpu", weights_only=True)
+        v = a["vector"]
+        whole = (checksum({name: value for name, value in a.items() if name != "checksum"}) == a["checksum"]
+                 and v.dtype == torch.float32 and v.dim() == 2 and v.shape[1] == a["model"]["d"] and bool(v.isfinite().all()))
     except FileNotFoundError:
         fail(f"{path}: not there; make it with: {maker}")
-    except Exception as e:      # torch.load raises many types on a damaged file; each means the same here
-        fail(f"{path}: not a readable artifact ({type(e).__name__}: truncated, or another kind of file); make it again with: {maker}")
-    if not isinstance(a, dict) or a.get("kind") != kind:
-        fail(f"{path}: expected an artifact of kind '{kind}', found {a.get('kind', 'none') if isinstance(a, dict) else type(a).__name__!r}; make one with: {maker}")
-    v, m = a.get("vector"), a.get("model")
-    if not isinstance(m, dict) or a.get("layout") not in ("chat", "block") or (kind == "be" and not {"stage", "prompt"} <= set(a)):
-        fail(f"{path}: an artifact that lacks its model, layout, stage or prompt; make it again with: {maker}")
-    if model_print and m.get("fingerprint") != model_print:
+    except Exception:           # torch.load and a file of other content raise many types; each means the same here
+        pass
+    if not whole:
+        fail(f"{path}: not a whole artifact (truncated, changed, or another kind of file); make it again with: {maker}")
+    if a["kind"] != kind:
+        fail(f"{path}: expected an artifact of kind '{kind}', found '{a['kind']}'; make one with: {maker}")
+    if model_print and a["model"]["fingerprint"] != model_print:
         if not strict:
             return None
-        fail(f"{path}: its vector belongs to another model ({m.get('name')}, d = {m.get('d')}), not to this one (d = {d}); make one with: {maker}")
-    if not torch.is_tensor(v) or v.dim() != 2 or v.shape[1] != m.get("d") or not v.isfinite().all():
-        fail(f"{path}: expected a finite vector of shape (k, {m.get('d')}), found {tuple(v.shape) if torch.is_tensor(v) else type(v).__name__}; make one with: {maker}")
+        fail(f"{path}: its vector belongs to another model ({a['model']['name']}, d = {a['model']['d']}), not to this one (d = {d}); make one with: {maker}")
     return a
 # --- end shared ----------------------------------------------------------
 
