@@ -14,7 +14,8 @@ from conftest import KINDS, ROOT, build_tokenizer
 COMMON = dict(derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|im_start|>system\n", "<|im_end|>\n<|im_start|>assistant\n",
            "<s>", "</s>", "<bos>", "<|image|>", "<think>", "{{ bos_token }}", "{% for x in y %}", "\ue000", "\ue001", "\ue002", "[BE]", "DEFAULT", "default_system_prompt"]
-ODD = ["\0", "\r\n", "\r", "\n\n", "\ufeff", "\u2028", "\x85", "\x1b[2J", "e\u0301\u0301\u0301", "\u202eright to left\u202c", "שלום", "مرحبا", "🏴‍☠️", "👩‍👩‍👧", "\U0010ffff", "\ufffd", "\ufffe", "\x7f", "\t", "\u00a0", "\u200b", "\\", "\"", "\\u0000", "ﬁ", "İ"]
+ODD = ["\0", "\r\n", "\r", "\n\n", "\ufeff", "\u2028", "\x85", "\x1b[2J", "e\u0301\u0301\u0301", "\u202eright to left\u202c",
+       "שלום", "مرحبا", "🏴‍☠️", "👩‍👩‍👧", "\U0010ffff", "\ufffd", "\ufffe", "\x7f", "\t", "\u00a0", "\u200b", "\\", "\"", "\\u0000", "ﬁ", "İ"]
 TEXT = st.lists(st.one_of(st.sampled_from(SPECIAL), st.sampled_from(ODD), st.text(max_size=20)), max_size=8).map("".join)     # hypothesis leaves surrogates out of st.text where it must encode
 SURROGATE = st.lists(st.one_of(st.sampled_from(["\ud800", "\udfff", "\udc80", "\ud83d"]), st.text(max_size=5)), min_size=1, max_size=4).map("".join)
 UTF8 = TEXT.filter(lambda text: text == text.encode("utf-8", "ignore").decode())

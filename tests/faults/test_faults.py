@@ -116,7 +116,7 @@ def material(checkpoints, scripts, tmp_path_factory):
     for script, arguments in SCRIPTS.items():
         work = shutil.copytree(folder, folder.with_name(f"writes-{script}"))
         read, write = os.pipe()                                             # the list of writes, out of the fork
-        code, _, err = finish(*launch(script, [*common, *arguments], work, lambda event, path: os.write(write, f"{event} {path}\n".encode())))        # noqa: B023
+        code, _, err = finish(*launch(script, [*common, *arguments], work, lambda event, path: os.write(write, f"{event} {path}\n".encode())))
         assert code == 0, err
         os.close(write)
         with open(read) as f:
