@@ -174,7 +174,8 @@ def test_a_bad_step_is_skipped_and_counted(stage, how, poisoned):
     """One alone, and two in a row."""
     r, steps, artifact = poisoned(stage, {5, 9, 10}, how, f"skip-{stage[0]}-{how}/x.pt")
     assert r.code == 0 and steps == 16 and artifact["step"] == 16, r.err[-600:]
-    assert "skipped" in r.out + r.err and re.search(r"\b3\b", " ".join(line for line in re.split(r"[\r\n]+", r.out + r.err) if "skipped" in line))
+    said = [line for line in re.split(r"[\r\n]+", r.out + r.err) if "skipped" in line]
+    assert len(said) == 3 or any(re.search(r"\b3\b", line) for line in said), said
     assert artifact["vector"].isfinite().all() and artifact["last"].isfinite().all()
 
 
@@ -183,7 +184,7 @@ def test_a_skipped_step_moves_nothing(stage, poisoned, folder, scripts, checkpoi
     """The vector and the optimizer after a bad step are those before it. The last step is the bad one: the vector is that of the step before."""
     _, name, _, _ = RUNS[stage]
     seen, save = [], getattr(scripts, name).save_artifact
-    monkeypatch.setattr(getattr(scripts, name), "save_artifact", lambda path, a: (seen.append((a["step"], a["last"].clone())), save(path, a)))
+    monkeypatch.setattr(getattr(scripts, name), "save_artifact", lambda path, a: (seen.extend([(a["step"], a["last"].clone())] if "last" in a else []), save(path, a)))
     r, _, _ = poisoned(stage, {14, 15}, "nan", f"still-{stage[0]}/x.pt")
     assert r.code == 0, r.err[-600:]
     end = [last for step, last in seen if step == 16][-1]
@@ -198,6 +199,6 @@ def test_a_skipped_step_moves_nothing(stage, poisoned, folder, scripts, checkpoi
 def test_the_third_bad_step_in_a_row_ends_the_run(stage, how, poisoned):
     r, steps, artifact = poisoned(stage, {2, 9, 10, 11, 12, 13}, how, f"third-{stage[0]}-{how}/x.pt")
     assert r.code == 1 and "Traceback" not in r.err and steps == 12, (r.code, steps, r.err[-600:])
-    last = re.split(r"[\r\n]+", r.err.strip())[-1]
-    assert "--lr" in last and re.search(r"\bstep 1[12]\b", last) and f"third-{stage[0]}" in last, last
+    lines = re.findall(rf"{RUNS[stage][0]}: ([^\r\n]+)", r.err)
+    assert len(lines) == 1 and "--lr" in lines[0] and re.search(r"\bstep 1[12]\b", lines[0]) and f"third-{stage[0]}" in lines[0], lines or r.err[-300:]
     assert artifact["vector"].isfinite().all() and artifact["last"].isfinite().all()
