@@ -219,18 +219,8 @@ def test_the_slot_stands_where_it_stands_whatever_is_asked(scripts, tokenizer, f
     assert [i for i in ids if i in special] == [i for i in plain if i in special]
 
 
-@settings(max_examples=60, **COMMON)
-@given(SURROGATE)
-@example("\ud800")
-@example("a \udc80 b")
-def test_half_a_surrogate_pair_on_the_command_line_is_one_line_or_an_answer(scripts, tokenizer, capsys, text):
-    """Bytes that are no UTF-8, given to --query, reach Python as lone surrogates."""
-    ids, _ = refused(lambda: scripts.infer.layout_ids(tokenizer, "chat", [-1], [{"role": "user", "content": text}]), capsys)
-    assert ids is None or not special_ids(tokenizer) & set(scripts.infer.text_ids(tokenizer, text))
-
-
 def test_infer_says_that_a_query_is_not_utf8(checkpoints, scripts, tmp_path, command):
-    """The same through main(): one line, no traceback."""
+    """Bytes that are no UTF-8, given to --query, reach Python as lone surrogates."""
     import torch
     model, _ = scripts.infer.load_frozen(str(checkpoints["smol"]), torch.device("cpu"), torch.float32, "eager")
     scripts.kd.save_artifact(tmp_path / "be.pt", {"kind": "be", "stage": "kd", "vector": torch.zeros(1, 64), "layout": "chat", "model": {"name": str(checkpoints["smol"]), "fingerprint": scripts.infer.fingerprint(model), "d": 64},
