@@ -188,7 +188,7 @@ def test_a_skipped_step_moves_nothing(stage, poisoned, folder, scripts, checkpoi
     r, _, _ = poisoned(stage, {14, 15}, "nan", f"still-{stage[0]}/x.pt")
     assert r.code == 0, r.err[-600:]
     end = [last for step, last in seen if step == 16][-1]
-    monkeypatch.setitem(RUNS, stage, (*RUNS[stage][:2], [2 if a == SAVE else a for a in RUNS[stage][2]], RUNS[stage][3]))
+    monkeypatch.setitem(RUNS, stage, (*RUNS[stage][:2], [2 if before in ("--eval-every", "--save-every") else a for before, a in zip(["", *RUNS[stage][2]], RUNS[stage][2])], RUNS[stage][3]))
     seen.clear()
     r, _, _ = poisoned(stage, (), "nan", f"moved-{stage[0]}/x.pt")
     assert r.code == 0 and torch.equal(end, [last for step, last in seen if step == 14][-1]) and not torch.equal(end, [last for step, last in seen if step == 16][-1])
