@@ -22,6 +22,7 @@ import copy
 import hashlib
 import http.client
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -95,6 +96,7 @@ def settings():
 # --- shared: fail --------------------------------------------------------
 def fail(message, code=2):
     """A user's mistake: one line on stderr that says what was expected, what came and what to do; exit code 2."""
+    message = " ".join("".join(c if c.isprintable() else " " for c in message).split())          # names out of files are in it
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -178,36 +180,28 @@ def fingerprint(model):
     return h.hexdigest()
 
 
-def checksum(x):
-    """sha256 over the content of nested dicts, lists, tensors, numbers and strings. A tensor counts with its storage: a few bytes cannot claim to be gigabytes."""
-    if torch.is_tensor(x):
-        data = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage().cpu()).numpy()
-        return hashlib.sha256(f"{x.dtype} {tuple(x.shape)} {x.stride()}".encode() + data.tobytes()).hexdigest()
-    if isinstance(x, dict):
-        x = [(name, checksum(value)) for name, value in x.items()]
-    elif isinstance(x, (list, tuple)):
-        x = [checksum(value) for value in x]
-    return hashlib.sha256(repr(x).encode()).hexdigest()
-
-
 def load_artifact(path, kind, model_print, d, maker, strict=True):
     """The artifact at `path`, whole, of this kind ("ae" or "be"), for this model. Exits with one line that names `maker`, the command that makes the
     right one; strict=False returns None for another model's artifact; model_print None takes any model's."""
-    whole = False
+    a = None
     try:
-        a = torch.load(path, map_location="cpu", weights_only=True)
-        v = a["vector"]
-        whole = (checksum({name: value for name, value in a.items() if name != "checksum"}) == a["checksum"]
-                 and v.dtype == torch.float32 and v.dim() == 2 and v.shape[1] == a["model"]["d"] and bool(v.isfinite().all()))
+        data = Path(path).read_bytes()
+        if data[-64:] == hashlib.sha256(data[:-64]).hexdigest().encode():                           # else it is not even opened
+            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            v, m, p = found["vector"], found["model"], found.get("prompt")
+            if (v.dtype == torch.float32 and v.dim() == 2 and len(v) and v.shape[1] == m["d"] and v.is_contiguous() and v.isfinite().all()
+                    and {"name", "fingerprint"} <= set(m) and found["layout"] in ("chat", "block")
+                    and (found["kind"] == "ae" or found["kind"] == "be" and found["stage"] in ("recon", "kd") and p["tokens"] and all(isinstance(x["role"] + x["content"], str) for x in p["messages"]))):
+                a = found
     except FileNotFoundError:
         fail(f"{path}: not there; make it with: {maker}")
-    except Exception:           # torch.load and a file of other content raise many types; each means the same here
+    except Exception:           # a file of other content raises many types, in torch.load and here; each means the same
         pass
-    if not whole:
+    if a is None:
         fail(f"{path}: not a whole artifact (truncated, changed, or another kind of file); make it again with: {maker}")
     if a["kind"] != kind:
         fail(f"{path}: expected an artifact of kind '{kind}', found '{a['kind']}'; make one with: {maker}")
-    if model_print and a["model"]["fingerprint"] != model_print:
+    if model_print and (a["model"]["fingerprint"], a["model"]["d"]) != (model_print, d):
         if not strict:
             return None
         fail(f"{path}: its vector belongs to another model ({a['model']['name']}, d = {a['model']['d']}), not to this one (d = {d}); make one with: {maker}")

@@ -17,12 +17,14 @@ Writes  out/be.pt, out/be.kd.png, the teacher's answers in out/teacher-*.pt, and
 Expect  prompts/pirate.txt, --answer-tokens 32 --steps 300, on 2 cores: 7 minutes, 2 GB, and 0.61 of the gap between no prompt and the full one closed on test questions
 """
 import argparse
+import contextlib
 import copy
 import datetime
 import functools
 import glob
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -83,6 +85,7 @@ def settings():
 # --- shared: fail --------------------------------------------------------
 def fail(message, code=2):
     """A user's mistake: one line on stderr that says what was expected, what came and what to do; exit code 2."""
+    message = " ".join("".join(c if c.isprintable() else " " for c in message).split())          # names out of files are in it
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -202,36 +205,28 @@ def fingerprint(model):
     return h.hexdigest()
 
 
-def checksum(x):
-    """sha256 over the content of nested dicts, lists, tensors, numbers and strings. A tensor counts with its storage: a few bytes cannot claim to be gigabytes."""
-    if torch.is_tensor(x):
-        data = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage().cpu()).numpy()
-        return hashlib.sha256(f"{x.dtype} {tuple(x.shape)} {x.stride()}".encode() + data.tobytes()).hexdigest()
-    if isinstance(x, dict):
-        x = [(name, checksum(value)) for name, value in x.items()]
-    elif isinstance(x, (list, tuple)):
-        x = [checksum(value) for value in x]
-    return hashlib.sha256(repr(x).encode()).hexdigest()
-
-
 def load_artifact(path, kind, model_print, d, maker, strict=True):
     """The artifact at `path`, whole, of this kind ("ae" or "be"), for this model. Exits with one line that names `maker`, the command that makes the
     right one; strict=False returns None for another model's artifact; model_print None takes any model's."""
-    whole = False
+    a = None
     try:
-        a = torch.load(path, map_location="cpu", weights_only=True)
-        v = a["vector"]
-        whole = (checksum({name: value for name, value in a.items() if name != "checksum"}) == a["checksum"]
-                 and v.dtype == torch.float32 and v.dim() == 2 and v.shape[1] == a["model"]["d"] and bool(v.isfinite().all()))
+        data = Path(path).read_bytes()
+        if data[-64:] == hashlib.sha256(data[:-64]).hexdigest().encode():                           # else it is not even opened
+            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            v, m, p = found["vector"], found["model"], found.get("prompt")
+            if (v.dtype == torch.float32 and v.dim() == 2 and len(v) and v.shape[1] == m["d"] and v.is_contiguous() and v.isfinite().all()
+                    and {"name", "fingerprint"} <= set(m) and found["layout"] in ("chat", "block")
+                    and (found["kind"] == "ae" or found["kind"] == "be" and found["stage"] in ("recon", "kd") and p["tokens"] and all(isinstance(x["role"] + x["content"], str) for x in p["messages"]))):
+                a = found
     except FileNotFoundError:
         fail(f"{path}: not there; make it with: {maker}")
-    except Exception:           # torch.load and a file of other content raise many types; each means the same here
+    except Exception:           # a file of other content raises many types, in torch.load and here; each means the same
         pass
-    if not whole:
+    if a is None:
         fail(f"{path}: not a whole artifact (truncated, changed, or another kind of file); make it again with: {maker}")
     if a["kind"] != kind:
         fail(f"{path}: expected an artifact of kind '{kind}', found '{a['kind']}'; make one with: {maker}")
-    if model_print and a["model"]["fingerprint"] != model_print:
+    if model_print and (a["model"]["fingerprint"], a["model"]["d"]) != (model_print, d):
         if not strict:
             return None
         fail(f"{path}: its vector belongs to another model ({a['model']['name']}, d = {a['model']['d']}), not to this one (d = {d}); make one with: {maker}")
@@ -241,21 +236,25 @@ def load_artifact(path, kind, model_print, d, maker, strict=True):
 
 # --- shared: save_artifact -----------------------------------------------
 def save_artifact(path, artifact):
-    """Written beside its place and renamed: a run killed here, or a full disk, leaves the old file whole."""
+    """Written beside its place and renamed: a run killed here, or a full disk, leaves the old file whole. The zip file that torch writes ends in a comment: its own sha256."""
+    data = io.BytesIO()
+    torch.save(artifact, data)
+    data = data.getvalue()[:-2] + (64).to_bytes(2, "little")                # the comment's length, which was 0
     try:
         with open(f"{path}.tmp", "wb") as f:
-            torch.save(artifact | {"checksum": checksum(artifact)}, f)
+            f.write(data + hashlib.sha256(data).hexdigest().encode())
             f.flush()
             os.fsync(f.fileno())
         os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as e:                            # a full disk is a RuntimeError of torch's zip writer
-        Path(f"{path}.tmp").unlink(missing_ok=True)
-        fail(f"{path}: could not be written ({str(e).splitlines()[0]}); what was there before is still whole. Make room and run again with --resume")
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.tmp")
+        fail(f"{path}: could not be written ({e.strerror}); what was there before is still whole. Make room and run again with --resume")
 
 
 def check_resume(path, saved, config):
     """--resume goes on with the settings that the run began with: exits with one line where one of them has changed."""
-    if missing := {"config", "step", "best", "last", "history"} - set(saved):
+    if missing := {"config", "step", "best", "last", "history", "skipped"} - set(saved):
         fail(f"--resume: {path} holds no run to go on with (no {', '.join(sorted(missing))}); run without --resume to start anew")
     for name, value in saved["config"].items():
         if name not in ("resume", "out", "device", "dtype", "micro_batch") and config.get(name, value) != value:
@@ -286,6 +285,8 @@ def claim(path):
     """The lock of an output -> to be kept for as long as the run goes. A second run on the same output is told and stops; the lock goes with the process."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if Path(path).is_dir():
+            fail(f"--out {path}: expected a file to write, found a folder; give a name in it")
         lock = filelock.FileLock(f"{path}.lock")
         lock.acquire(timeout=0)
         return lock
@@ -348,7 +349,8 @@ def read_prompt(path):
         return [{"role": "system", "content": text}]
     try:
         messages = [{"role": str(m["role"]), "content": m["content"].strip()} for m in json.loads(text)["messages"]]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        json.dumps(messages, ensure_ascii=False).encode()                   # a lone surrogate is no text
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         fail(f'--prompt {path}: expected {{"messages": [{{"role": ..., "content": ...}}, ...]}}')
     if not any(m["content"] for m in messages):
         fail(f"--prompt {path}: its messages are empty")
@@ -361,6 +363,8 @@ def prompt_ids(tokenizer, messages, layout, limit):
         ids = text_ids(tokenizer, messages[0]["content"])
     else:
         ids = chat_ids(tokenizer, messages, generate=False)
+    if not ids:
+        fail("--prompt: this model has no token for any of its characters; give a prompt of plain text")
     if len(ids) > limit - 64:
         fail(f"--prompt: expected at most {limit - 64} tokens (the model's context of {limit} less 64 for a question), found {len(ids)}; shorten the prompt")
     return ids
@@ -411,7 +415,10 @@ def plot(path, history, title):
         ax.plot(*zip(*[(row["step"], row[name]) for row in history if name in row]), label=name)
     ax.set(xlabel="step", ylabel="nats a token", title=title)
     ax.legend()
-    fig.savefig(path, dpi=100, bbox_inches="tight")
+    try:
+        fig.savefig(path, dpi=100, bbox_inches="tight")
+    except OSError as e:
+        print(f"{path}: the plot could not be written ({e.strerror})")
     pyplot.close(fig)
 # --- end shared ----------------------------------------------------------
 
@@ -429,7 +436,7 @@ def read_queries(path):
                 row = json.loads(line)
                 queries.append(next(row[key] for key in ("question", "query", "instruction") if key in row).strip())
                 queries[-1].encode()                                        # a lone surrogate is no text
-            except (ValueError, StopIteration, TypeError, AttributeError):
+            except (ValueError, StopIteration, TypeError, AttributeError, RecursionError):
                 fail(f'{path}, line {n}: expected a json object with a "question", "query" or "instruction" that is a text, found {line[:60]!r}')
         else:
             queries.append(line.strip())
@@ -682,7 +689,7 @@ def main():
         t.be = torch.nn.Parameter(t.start.clone().to(device))                                       # (k, d) fp32
         t.optimizer = torch.optim.AdamW([t.be], weight_decay=0)
         t.step, t.history, t.skipped, t.best = 0, [], 0, {"kl": math.inf, "step": 0, "vector": t.start}
-        t.inputs = checksum([json.dumps([t.rows, t.answers]), ae.cpu()])                            # what a resumed run must find again
+        t.inputs = hashlib.sha256(json.dumps([t.rows, t.answers, ae.tolist()]).encode()).hexdigest()      # what a resumed run must find again
         if args.resume:
             if t.saved["inputs"] != t.inputs:
                 fail(f"--resume: the queries, the [AE] or the template have changed since {t.out} began; put them back, or run without --resume to start anew")

@@ -75,7 +75,8 @@ def test_commands_use_options_that_the_script_has(where):
                 assert option in known, f"{where}: {script} has no {option}; it has {sorted(known)}"
                 following = value or (words[i + 1] if i + 1 < len(words) else "")
                 flag = "store_true" in known[option]
-                assert flag == (not following or following.startswith("--") and " " not in following), f"{where}: {script} {option} {following!r}"
+                many = 'nargs="*"' in known[option]                            # an option that may stand without a value
+                assert many or flag == (not following or following.startswith("--") and " " not in following), f"{where}: {script} {option} {following!r}"
                 if choices := re.search(r"choices=\[([^\]]+)\]", known[option]):
                     assert following in re.findall(r'"([^"]*)"', choices[1]), f"{where}: {script} {option} {following!r}"
 

@@ -62,12 +62,11 @@ def read(real, scripts, tmp_path, capsys):
 
 
 def save(scripts, path, content):
-    """With a right checksum; what save_artifact cannot take, with a wrong one."""
-    content = {k: v for k, v in content.items() if k != "checksum"}
+    """With a right checksum; what save_artifact cannot take, with none."""
     try:
         scripts.kd.save_artifact(path, content)
     except (SystemExit, RuntimeError, NotImplementedError, TypeError, MemoryError):
-        torch.save(content | {"checksum": "0" * 64}, path)
+        torch.save(content, path)
 
 
 def identical(a, b):
@@ -97,7 +96,7 @@ def without(content, *path):
 
 def test_the_artifact_itself_is_read(real, read):
     assert identical(read(real.data), real.content)
-    assert identical({k: v for k, v in read(real.content).items() if k != "checksum"}, {k: v for k, v in real.content.items() if k != "checksum"})
+    assert identical(read(real.content), real.content)
 
 
 def test_cut_at_every_hundredth_of_its_length(real, read):
@@ -123,13 +122,13 @@ def test_a_flipped_byte_is_caught_or_changes_nothing(real, read, seed):
 
 def test_a_changed_number_is_caught_by_the_checksum(real, read, tmp_path):
     """A file that is whole, and whose content has changed since it was saved: one bit of the vector, a setting, a metric, a text."""
-    assert isinstance(real.content.get("checksum"), str) and int(real.content["checksum"], 16)
     changes = [("vector", real.content["vector"] * 1.0001), ("step", 5), ("layout", "block"), ("best", real.content["best"] | {"kl": 0.0}), ("extra", 1),
-               ("prompt", real.content["prompt"] | {"messages": [{"role": "system", "content": "You are another."}]}), ("history", real.content["history"][:-1]), ("checksum", "0" * 64), ("checksum", None), ("checksum", 7)]
+               ("prompt", real.content["prompt"] | {"messages": [{"role": "system", "content": "You are another."}]}), ("history", real.content["history"][:-1])]
     for key, value in changes:
         torch.save(real.content | {key: value}, tmp_path / "be.pt")
+        (tmp_path / "be.pt").write_bytes((tmp_path / "be.pt").read_bytes()[:-2] + real.data[-66:])          # the comment of the old content
         assert read(None) is None, key
-    for key in real.content:                                                # a key lost on the way, the checksum among them
+    for key in real.content:                                                # a key lost on the way
         torch.save(without(real.content, key), tmp_path / "be.pt")
         assert read(None) is None, key
 
@@ -147,7 +146,7 @@ def test_a_key_that_every_reader_needs_is_missed(real, read, key):
 
 
 def test_a_key_more_or_less_elsewhere_does_no_harm(real, read):
-    for key in set(real.content) - {"kind", "vector", "model", "layout", "stage", "prompt", "checksum"}:
+    for key in set(real.content) - {"kind", "vector", "model", "layout", "stage", "prompt"}:
         found = read(without(real.content, key))
         assert found is None or torch.equal(found["vector"], real.content["vector"]), key
 
@@ -186,7 +185,7 @@ def test_one_line_stays_one_line(real, scripts, tmp_path, capsys):
     """Texts of the file go into messages: a line break or a terminal's control codes in them are not passed on."""
     evil = "a\nb\r\x1b[2J"
     for content in (real.content | {"kind": evil}, real.content | {"model": {"name": evil, "fingerprint": "xyz", "d": 64}}, real.content | {"model": {"name": "tiny", "fingerprint": "xyz", "d": evil}}):
-        scripts.kd.save_artifact(tmp_path / "be.pt", {k: v for k, v in content.items() if k != "checksum"})
+        scripts.kd.save_artifact(tmp_path / "be.pt", content)
         capsys.readouterr()
         with pytest.raises(SystemExit) as e:
             scripts.kd.load_artifact(tmp_path / "be.pt", "be", real.owner, 64, MAKER)
@@ -203,7 +202,7 @@ PROMPTS = {"no tokens": lambda p: p.pop("tokens"), "no messages": lambda p: p.po
 
 @pytest.mark.parametrize("case", PROMPTS)
 def test_infer_reads_a_malformed_prompt_without_a_traceback(real, scripts, tmp_path, command, case):
-    content = copy.deepcopy({k: v for k, v in real.content.items() if k != "checksum"})
+    content = copy.deepcopy(real.content)
     PROMPTS[case](content["prompt"])
     scripts.kd.save_artifact(tmp_path / "be.pt", content)
     r = command(scripts.infer, "--be", tmp_path / "be.pt", *TINY, "--query", "Why?", "--compare", "--max-new-tokens", 2)
@@ -212,13 +211,13 @@ def test_infer_reads_a_malformed_prompt_without_a_traceback(real, scripts, tmp_p
 
 @pytest.mark.parametrize("path", ["model name", "model fingerprint", "model d", "model revision", "metrics", "history", "config", "versions", "best", "start", "step"])
 def test_infer_without_a_key(real, scripts, tmp_path, command, path):
-    scripts.kd.save_artifact(tmp_path / "be.pt", without({k: v for k, v in real.content.items() if k != "checksum"}, *path.split()))
+    scripts.kd.save_artifact(tmp_path / "be.pt", without(real.content, *path.split()))
     r = command(scripts.infer, "--be", tmp_path / "be.pt", *TINY, "--query", "Why?", "--max-new-tokens", 2)
     assert r.code == 0 or (r.code == 2 and len(said(r.err)) == 1 and "be.pt" in r.err), r.err
 
 
-HALVES = {"no config": {"config": None}, "no step": {"step": None}, "no best": {"best": None}, "no last": {"last": None}, "no history": {"history": None}, "no start": {"start": None}, "no optimizer": {"optimizer": None},
-          "step a text": {"step": "two"}, "step below zero": {"step": -1}, "config a list": {"config": []}, "history a text": {"history": "x"}, "best empty": {"best": {}}, "best without a vector": {"best": {"kl": 1.0, "step": 2}},
+HALVES = {"no config": {"config": None}, "no step": {"step": None}, "no best": {"best": None}, "no last": {"last": None}, "no history": {"history": None}, "no optimizer": {"optimizer": None},
+          "step a text": {"step": "two"}, "step below zero": {"step": -1}, "history a text": {"history": "x"}, "best empty": {"best": {}}, "best without a vector": {"best": {"kl": 1.0, "step": 2}},
           "last of another shape": {"last": torch.ones(5, 64)}, "last NaN": {"last": NAN}, "last a list": {"last": ones.tolist()}, "start of another width": {"start": torch.ones(2, 48)}, "start a text": {"start": "x"},
           "optimizer empty": {"optimizer": {}}, "optimizer of another shape": {"optimizer": {"first": ones[:1], "second": ones, "whole": ones, "root": ones}}, "optimizer a list": {"optimizer": []}}
 
@@ -226,7 +225,7 @@ HALVES = {"no config": {"config": None}, "no step": {"step": None}, "no best": {
 @pytest.mark.parametrize("case", HALVES)
 def test_a_run_that_cannot_be_gone_on_with_is_refused_in_one_line(real, checkpoints, scripts, command, monkeypatch, case):
     monkeypatch.chdir(real.folder)
-    content = {k: v for k, v in (real.half | HALVES[case]).items() if k != "checksum" and v is not None}
+    content = {k: v for k, v in (real.half | HALVES[case]).items() if v is not None}
     (real.folder / "broken").mkdir(exist_ok=True)
     scripts.kd.save_artifact("broken/be.pt", content)
     old = (real.folder / "broken/be.pt").read_bytes()
@@ -311,7 +310,7 @@ def forked(work, folder):
 
 
 def giant(path, content, case, save):
-    one, base = torch.ones(1, 1), {k: v for k, v in content.items() if k != "checksum"}
+    one, base = torch.ones(1, 1), content
     if case == "vector of 5 GB in 4 bytes":
         save(path, base | {"vector": one.expand(20_000_000, 64)})
     elif case == "vector of a terabyte in 4 bytes":
@@ -324,19 +323,19 @@ def giant(path, content, case, save):
         save(path, base)
         path.write_bytes(rezipped(path.read_bytes(), lambda name, old: b"" if "/data/" in name else old))
     elif case == "compressed zeros":
-        torch.save(base | {"vector": torch.zeros(1_000_000, 64), "checksum": "0" * 64}, path)
+        torch.save(base | {"vector": torch.zeros(1_000_000, 64)}, path)
         path.write_bytes(rezipped(path.read_bytes(), lambda name, old: old, zipfile.ZIP_DEFLATED))
     elif case == "a list that holds itself":
         rows = []
         rows.append(rows)
-        torch.save(base | {"history": rows, "checksum": "0" * 64}, path)
+        torch.save(base | {"history": rows}, path)
     elif case == "a list doubled 40 times":
         rows = [1.0]
         for _ in range(40):
             rows = [rows, rows]
-        torch.save(base | {"history": rows, "checksum": "0" * 64}, path)
+        torch.save(base | {"history": rows}, path)
     elif case == "a whole number of a million digits":
-        torch.save(base | {"step": 1 << 3_000_000, "checksum": "0" * 64}, path)
+        torch.save(base | {"step": 1 << 3_000_000}, path)
 
 
 GIANT = ["vector of 5 GB in 4 bytes", "vector of a terabyte in 4 bytes", "state of 5 GB in 4 bytes", "vector on no device", "storage that the record does not hold", "compressed zeros", "a list that holds itself",

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import CPU, ROOT, SENTENCES, load_script
+from conftest import ROOT, SENTENCES, load_script
 
 TINY = ["--data", "bench", "--dtype", "fp32", "--device", "cpu", "--max-new-tokens", 6]
 STAGES = ["--stage1", "--steps 3 --ae ae.pt", "--stage2", "--steps 2 --batch 4 --answer-tokens 4 --ae ae.pt"]
@@ -73,6 +73,7 @@ def owner(scripts, checkpoints, smol):
 
 
 def save(scripts, path, owner, prompt=None, **more):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     scripts.kd.save_artifact(path, {"kind": "be" if prompt else "ae", "vector": torch.randn(1, 64, generator=torch.Generator().manual_seed(len(str(prompt)))), "layout": "chat", "model": owner,
                                     "stage": "kd", "prompt": {"messages": [{"role": "system", "content": prompt}], "tokens": 99}, "metrics": {}} | more)
 
@@ -142,7 +143,7 @@ def test_a_whole_run_trains_answers_and_goes_on_where_it_stopped(role, scripts, 
 def test_training_that_was_killed_is_resumed(role, scripts, checkpoints, work, owner, command, in_process, monkeypatch):
     arguments = ["--model", checkpoints["smol"], *TINY, "--roles", "Old Captain", "--stage2", "--steps 4 --eval-every 2 --batch 4 --answer-tokens 4 --init=random --lam 1"]
     real, saves = scripts.kd.save_artifact, []
-    monkeypatch.setattr(scripts.kd, "save_artifact", lambda path, a: (real(path, a), saves.append(a["step"]), len(saves) == 1 and sys.exit(9)))
+    monkeypatch.setattr(scripts.kd, "save_artifact", lambda path, a: (real(path, a), saves.append(a.get("step", 0)) if "step" in a else None, len(saves) == 1 and sys.exit(9)))
     r = command(role, *arguments)
     assert r.code == 2 and "stage2_kd.py ended with exit code 9" in r.err and not Path("out/rolellm.json").exists()
     r = command(role, *arguments)
@@ -259,7 +260,8 @@ def test_the_interval_is_over_roles(role):
     ("A (the first is better)", "A"), ("B (the second).\n\nThe better answer is: Jack Spar", "B"),
     ("<think>B? No: A is the one. TIE?</think>\nB", "B"), ("it may be A</think>B", "B"),
     ("", None), ("\n", None), ("C", None), ("AB", None), ("A or B", None), ("A, B", None), ("Neither is better.", None), ("Both are equal", None), ("A good question!", None),
-    ("Better", None), ("Aye", None), ("A\nB", None), ("A: A\n\nA: B\n\nB: C\n\nC", None), ("<think>A, since", None), ("I think that A is better than B", None), ("Reply: A, B or TIE", None), ("untie", None), ("A (or B)", None), ("A, though B is close", None)])
+    ("Better", None), ("Aye", None), ("A\nB", None), ("A: A\n\nA: B\n\nB: C\n\nC", None), ("<think>A, since", None), ("I think that A is better than B", None), ("Reply: A, B or TIE", None),
+    ("untie", None), ("A (or B)", None), ("A, though B is close", None)])
 def test_a_verdict_is_read_only_where_it_is_clear(role, reply, verdict):
     assert role.read_verdict(reply) == verdict
 
