@@ -64,7 +64,7 @@ def settings():
     add("--target",        default=0.5,  type=number(float, 0, 1), help="of item 1: the held-out gap to close")
     add("--naive-lr",      default=[0.01, 0.03, 0.1], nargs="+", type=number(float, 0), help="of item 1: learning rates to try; the best after --naive-tune steps goes on")
     add("--naive-tune",    default=30,   type=number(int, 1),      help="of item 1: see --naive-lr; the steps of the best rate count as its own")
-    add("--naive-minutes", default=12.0, type=number(float, 0),    help="of item 1: the naive recipe stops here if it has not reached --target")
+    add("--naive-minutes", default=11.0, type=number(float, 0),    help="of item 1: the naive recipe stops here if it has not reached --target")
     add("--seed",          default=0,    type=int,                 help="of start vectors and the order of queries")
     add("--device",        default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: CUDA, then MPS, then CPU")
     add("--dtype",         default="auto", choices=["auto", "bf16", "fp32"],       help="of the frozen weights")
@@ -421,6 +421,23 @@ def autocast(model):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda" and model.dtype == torch.bfloat16)
 
 
+def resident(device, reset=False):
+    """(bytes held now, the most that was held since the last reset): of the allocator on CUDA, else of this process. getrusage's peak would be the parent's where that is larger."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if not status.exists():
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return peak, peak
+    if reset:
+        with contextlib.suppress(OSError):                                                           # not allowed in every container; then loading may hide a small step
+            Path("/proc/self/clear_refs").write_text("5")
+    kilobytes = dict(re.findall(r"^(VmRSS|VmHWM):\s+(\d+)", status.read_text(), re.M))
+    return 1024 * int(kilobytes["VmRSS"]), 1024 * int(kilobytes["VmHWM"])
+
+
 def stats(values):
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
@@ -651,15 +668,10 @@ def memory_child(args):
     target = torch.randn(args.batch * length, d, generator=rng).to(c.device, model.dtype)
     be = torch.nn.Parameter(noise(model, args.seed).to(c.device))
     optimizer = torch.optim.AdamW([be], lr=1e-3, weight_decay=0)
-    if c.device.type == "cuda":
-        before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
-    else:
-        def peak():
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if Path("/proc/self/statm").exists() else peak()
-    started_at = peak()
+    kd_step(model, be_rows[:1], [answers[0][:1]], target[:1], be, optimizer)                         # the weights are mapped from their file: now they are all in memory
+    before, started_at = resident(c.device, reset=True)
     kd_step(model, be_rows, answers, target, be, optimizer, full=args.memory_of == "full")
-    print(json.dumps({"before": before, "peak_before": started_at, "peak": peak(), "answer_tokens": length}))
+    print(json.dumps({"before": before, "peak_before": started_at, "peak": resident(c.device)[1], "answer_tokens": length}))
 
 
 def memory(c):
@@ -675,7 +687,7 @@ def memory(c):
 
 
 def teacher_pass(c):
-    """Item 4. Nobody stops early, so both make the same number of tokens. The rate without a cache does not depend on the number of queries: one batch of them is timed."""
+    """Item 4. Nobody stops early, so both make as many tokens a query. The rate without a cache does not depend on the number of queries: one batch of them is timed."""
     args, (model, _), rows = c.args, c.load(), []
     count, limit = (4, 4) if args.quick else (16, args.answer_tokens)
     for path in args.prompts[:2]:
@@ -695,7 +707,7 @@ def teacher_pass(c):
                 model.get_decoder()(input_ids=prefix, use_cache=True)
 
         with attention_for(c, n) as attention:
-            found = alternate(c.device, {"prefix cache": cached, "no cache": uncached, "prefix": once}, args.repeats, warm=0 if args.quick else 1)
+            found = alternate(c.device, {"prefix cache": cached, "no cache": uncached, "prefix": once}, args.repeats if n <= 1024 else max(1, args.repeats - 1), warm=0)
         seconds = found.pop("prefix")
         rows.append(pair("teacher's answers", "tokens a second", {name: [tokens / s for s, tokens in v] for name, v in found.items()}, "high")
                     | {"prompt_tokens": n, "queries": count, "batch": size, "answer_tokens": limit, "attention": attention, "seconds_for_the_prefix": stats([s for s, _ in seconds])})
@@ -773,13 +785,15 @@ def processes(c):
         def run(_):
             pieces, out = [], Path(tempfile.mkdtemp(dir=c.folder)) / "ae.pt"
             running = watch([*launcher, HERE / "stage0_ae.py", "--data", c.folder / "texts.jsonl", "--out", out, "--min-tokens", 64, "--max-tokens", 64, "--held-out", 1, "--batch", 4, "--accumulate", 2,
-                             "--steps", 10 ** 6, "--eval-every", 10 ** 6, *c.common], threads=1)
+                             "--steps", steps + 3, "--eval-every", steps + 3, *c.common], threads=1)
             for piece in running:
                 pieces.append(piece)
                 stamps = {n: s for n, s in bar_stamps(pieces, "[AE]").items() if n > 0}
                 if stamps and max(stamps) - min(stamps) >= steps:
                     break
             running.close()
+            if len(stamps) < 2:
+                fail("item 7: stage0_ae.py showed no progress; run it by hand to see why", code=1)
             return 8 * (max(stamps) - min(stamps)) / (stamps[max(stamps)] - stamps[min(stamps)])
         return run
 
@@ -858,6 +872,8 @@ def context(args, folder):
     model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
     c = SimpleNamespace(args=args, folder=folder, device=device, dtype=dtype, attention=attention, common=["--model", model, "--seed", args.seed, "--device", args.device, "--dtype", args.dtype])
     c.queries = list(dict.fromkeys(q.strip() for q in questions.read_text(encoding="utf-8-sig").splitlines() if q.strip()))
+    if not c.queries:
+        fail(f"{questions}: expected questions, one a line, found none; write some there")
 
     @functools.cache
     def load():
