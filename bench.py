@@ -615,12 +615,15 @@ def time_to_quality(c):
     go_on(best, math.inf)
     look = statistics.median(looking)
     ours = [(seconds - (i + 2) * look, step, gap) for i, (seconds, step, gap) in enumerate(ours)]    # one look before the first step, one at each point
-    for name, curve, more in [("ours", ours, {"held_out_gap_closed_here": check, "teacher_seconds": teacher_seconds(heard), "batch": a["config"]["batch"], "lr": a["config"]["lr"]}),
+    own = {"held_out_gap_closed_here": check, "teacher_seconds": teacher_seconds(heard), "batch": a["config"]["batch"], "lr": a["config"]["lr"]}
+    for name, curve, more in [("ours", ours, own),
                               *((f"naive, lr {lr}", curves[lr], {"batch": 1, "lr": lr, "chosen": lr == best}) for lr in curves)]:
         end = reached(curve, args.target) or curve[-1]
         rows.append({"what": name, "reached": end[2] >= args.target, "seconds": end[0], "step": end[1], "gap_closed": end[2], **more, "n": 1, "curve": curve})
-    rows.append({"what": "all", "target": args.target, "naive_seconds_by_ours": (reached(curves[best], args.target) or curves[best][-1])[0] / (reached(ours, args.target) or ours[-1])[0],
-                 "is_lower_bound": not reached(curves[best], args.target), "evaluation_seconds_each_not_counted": stats(looking), "held_out_queries": n, "kl_no_prompt": none})
+    by = (reached(curves[best], args.target) or curves[best][-1])[0] / (reached(ours, args.target) or ours[-1])[0]
+    rows.append({"what": "all", "target": args.target, "naive_seconds_by_ours": by,
+                 "ours_reached": bool(reached(ours, args.target)), "naive_reached": bool(reached(curves[best], args.target)),
+                 "evaluation_seconds_each_not_counted": stats(looking), "held_out_queries": n, "kl_no_prompt": none})
     return rows
 
 
@@ -737,11 +740,12 @@ def serving(c):
             full, be_rows = examples(c, path, batch)
             more = {"prompt_tokens": len(full[0]) - len(be_rows[0]) + 1, "batch": batch, "new_tokens": new}
             with attention_for(c, len(full[0])) as attention:
-                found = alternate(c.device, {"[BE]": serve(be_rows), "full prompt": serve(full)}, args.repeats if batch == 1 else max(1, args.repeats - 1), warm=batch == 1 and not args.quick)
+                found = alternate(c.device, {"[BE]": serve(be_rows), "full prompt": serve(full)},
+                                  args.repeats if batch == 1 else max(1, args.repeats - 1), warm=batch == 1 and not args.quick)
                 if batch == 1:
                     saved = held(full[0]) - held(be_rows[0])
-                    rows.append({"what": "KV memory saved a sequence", "unit": "bytes", "computed": kv_bytes(model.config, len(full[0]) - len(be_rows[0]), model.dtype.itemsize), "in the cache": saved,
-                                 "prompt_tokens": more["prompt_tokens"], "n": 1})
+                    computed = kv_bytes(model.config, len(full[0]) - len(be_rows[0]), model.dtype.itemsize)
+                    rows.append({"what": "KV memory saved a sequence", "unit": "bytes", "computed": computed, "in the cache": saved, "prompt_tokens": more["prompt_tokens"], "n": 1})
             rows.append(pair("time to first token", "seconds", {name: [first for _, first in v] for name, v in found.items()}, "low") | more | {"attention": attention})
             rows.append(pair("throughput", "new tokens a second", {name: [batch * new / s for s, _ in v] for name, v in found.items()}, "high") | more | {"attention": attention})
     return rows
@@ -757,8 +761,8 @@ def many_prompts(c):
 
     def run(numbers):
         out = Path(tempfile.mkdtemp(dir=c.folder))                                                   # an empty folder: no teacher's answers yet
-        pieces = list(watch([HERE / "stage2_kd.py", "--init", "random", "--lam", 1, "--queries", c.folder / "q.txt", "--held-out", 0.25, "--answer-tokens", limit, "--steps", steps, "--eval-every", steps,
-                             "--prompt", *(c.folder / f"{i}.txt" for i in numbers), "--out", *(out / f"{i}.pt" for i in numbers), *c.common]))
+        pieces = list(watch([HERE / "stage2_kd.py", "--init", "random", "--lam", 1, "--queries", c.folder / "q.txt", "--held-out", 0.25, "--answer-tokens", limit,
+                             "--steps", steps, "--eval-every", steps, "--prompt", *(c.folder / f"{i}.txt" for i in numbers), "--out", *(out / f"{i}.pt" for i in numbers), *c.common]))
         stamps = bar_stamps(pieces, "[BE] distil")
         last = max((n for n in stamps if 0 < n < steps), default=steps)                              # before the look at the held-out queries in the last step
         shutil.rmtree(out)
@@ -767,8 +771,8 @@ def many_prompts(c):
     for b in (1, 4) if args.quick else (1, 4, 16):
         alone += [run([i]) for i in range(len(alone), b)]
         together, apart = run(range(b)), {key: sum(x[key] for x in alone) for key in ("total", "teacher", "step")}
-        rows.append({"what": f"{b} prompts", "unit": "seconds", "together": together, "one after the other": apart, "ratio": {key: apart[key] / together[key] for key in apart},
-                     "n": 1, "b": b, "steps": steps, "queries": queries, "answer_tokens": limit})
+        rows.append({"what": f"{b} prompts", "unit": "seconds", "together": together, "one after the other": apart,
+                     "ratio": {key: apart[key] / together[key] for key in apart}, "n": 1, "b": b, "steps": steps, "queries": queries, "answer_tokens": limit})
         print(f"{b} prompts: together {together}, one after the other {apart}", flush=True)
     return rows
 
@@ -784,8 +788,8 @@ def processes(c):
     def texts(launcher):
         def run(_):
             pieces, out = [], Path(tempfile.mkdtemp(dir=c.folder)) / "ae.pt"
-            running = watch([*launcher, HERE / "stage0_ae.py", "--data", c.folder / "texts.jsonl", "--out", out, "--min-tokens", 64, "--max-tokens", 64, "--held-out", 1, "--batch", 4, "--accumulate", 2,
-                             "--steps", steps + 3, "--eval-every", steps + 3, *c.common], threads=1)
+            running = watch([*launcher, HERE / "stage0_ae.py", "--data", c.folder / "texts.jsonl", "--out", out, "--min-tokens", 64, "--max-tokens", 64, "--held-out", 1,
+                             "--batch", 4, "--accumulate", 2, "--steps", steps + 3, "--eval-every", steps + 3, *c.common], threads=1)
             for piece in running:
                 pieces.append(piece)
                 stamps = {n: s for n, s in bar_stamps(pieces, "[AE]").items() if n > 0}
@@ -870,7 +874,8 @@ def context(args, folder):
         fail(f"--prompt {args.prompt}: expected its questions, one a line, in {questions}; write some there")
     device, dtype, attention = pick_device(args.device, args.dtype)
     model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
-    c = SimpleNamespace(args=args, folder=folder, device=device, dtype=dtype, attention=attention, common=["--model", model, "--seed", args.seed, "--device", args.device, "--dtype", args.dtype])
+    c = SimpleNamespace(args=args, folder=folder, device=device, dtype=dtype, attention=attention)
+    c.common = ["--model", model, "--seed", args.seed, "--device", args.device, "--dtype", args.dtype]              # of the command lines that it runs
     c.queries = list(dict.fromkeys(q.strip() for q in questions.read_text(encoding="utf-8-sig").splitlines() if q.strip()))
     if not c.queries:
         fail(f"{questions}: expected questions, one a line, found none; write some there")
@@ -915,7 +920,8 @@ def main():
                 print(f"item {item}, {name}: in {args.out} already; --again measures it anew")
             else:
                 todo.append((item, name, minutes, wanted))
-        print("on two slow cores" * bool(todo) + ", ".join(f" {name} {minutes} minutes" for _, name, minutes, _ in todo) * (not args.quick), flush=True)
+        if todo and not args.quick:
+            print(f"on two slow cores about: {', '.join(f'{name} {minutes} minutes' for _, name, minutes, _ in todo)}; in all {sum(x[2] for x in todo)}", flush=True)
         for item, name, _, wanted in todo:
             print(f"\nitem {item}, {name}", flush=True)
             began, busy = time.perf_counter(), os.getloadavg()[0]
