@@ -1,0 +1,253 @@
+"""bench.py: the figures' own arithmetic, what it measures against, and a whole run on a tiny model.
+
+The whole run calls the stage scripts' main() in this process, by the very command lines that bench.py would start; the slow test starts them.
+"""
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import tqdm
+
+from conftest import CPU, ROOT, SENTENCES, load_script
+
+NONE = torch.zeros(1, 64)
+ITEMS = {"1", "2", "3", "4", "5", "6", "7"}
+QUICK = ["--quick", "--prompt", "p.txt", "--prompts", "p.txt", "turns.json", "--out", "r/b.json", "--naive-minutes", "0.001", "--batch", "4", "--answer-tokens", "6",
+         "--naive-lr", "0.03", "0.1", "--dtype", "fp32", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return load_script("bench")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working folder with a prompt, its questions and a prompt of several turns."""
+    (tmp_path / "p.txt").write_text("You are the old captain. Answer in two short sentences: 1, 2, 37! Never name your ship.")
+    (tmp_path / "p.queries.txt").write_text("".join(f"{s}?\n" for s in SENTENCES))
+    (tmp_path / "turns.json").write_text(json.dumps({"messages": [{"role": r, "content": s} for r, s in zip(["user", "assistant"] * 2, SENTENCES)]}))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# --- the arithmetic
+
+def test_a_pair_holds_median_range_and_n_and_a_ratio_pair_by_pair(bench):
+    high = bench.pair("x", "tokens a second", {"a": [10.0, 30.0, 20.0], "b": [5.0, 10.0, 20.0]}, "high")
+    assert high["a"] == {"median": 20, "min": 10, "max": 30, "n": 3}
+    assert high["ratio"] == {"median": 2, "min": 1, "max": 3, "n": 3}
+    low = bench.pair("x", "seconds", {"a": [1.0, 2.0], "b": [4.0, 4.0]}, "low")
+    assert low["ratio"] == {"median": 3, "min": 2, "max": 4, "n": 2}
+    assert "3.00 times as good (2.00 to 4.00), n = 2" in bench.show(low)
+
+
+def test_pairs_alternate_and_the_order_turns_round(bench):
+    calls = []
+    found = bench.alternate(CPU, {name: lambda n, name=name: calls.append((name, n)) or n for name in "ab"}, 3)
+    assert calls == [("a", 0), ("b", 0), ("a", 0), ("b", 0), ("b", 1), ("a", 1), ("a", 2), ("b", 2)]
+    assert [r for _, r in found["a"]] == [r for _, r in found["b"]] == [0, 1, 2] and all(s >= 0 for s, _ in found["a"])
+
+
+def test_the_first_point_at_the_target(bench):
+    curve = [(1.0, 10, 0.2), (2.0, 20, 0.5), (3.0, 30, 0.6)]
+    assert bench.reached(curve, 0.5) == curve[1] and bench.reached(curve, 0.7) is None and bench.reached([], 0.5) is None
+
+
+def test_progress_bars_are_read(bench):
+    pieces = [(1.0, "teacher:   0%|          | 0/9 [00:00<?, ?it/s]"), (3.5, "teacher: 100%|###| 9/9 [00:02<00:00]"), (4.0, "teacher: 0 answers found, 9 made, x.pt (1.0 MB)"),
+              (5.0, "teacher: 9 answers found, 0 made, y.pt (1.0 MB)"), (6.0, "teacher:   0%|   | 0/9 [00:00<?, ?it/s]"), (7.0, "teacher: 0 answers found, 9 made, z.pt (1.0 MB)"),
+              (8.0, "[BE] distil:   0%|   | 0/20 [00:00<?, ?it/s]"), (9.0, "[BE] distil:   5%|#  | 1/20 [00:01<00:19, L_KD=0.1]"), (9.5, "[BE] distil:   5%|#  | 1/20 [00:01<00:19, L_KD=0.2]"),
+              (9.9, "[BE] distil:  10%|#  | 2"), (10.0, "[BE] distil:  10%|#  | 2/20 [00:02<00:18]")]
+    assert bench.teacher_seconds(pieces) == 3.0 + 1.0
+    assert bench.bar_stamps(pieces, "[BE] distil") == {0: 8.0, 1: 9.0, 2: 10.0}
+    assert bench.bar_stamps(pieces, "[AE]") == {}
+
+
+def test_pieces_of_a_prompt_are_its_words_in_order(bench):
+    words = [f"w{i}" for i in range(50)]
+    pieces = bench.cut([{"content": " ".join(words[:20])}, {"content": " ".join(words[20:])}], 16)
+    assert len(pieces) == 16 and " ".join(pieces).split() == words and {len(p.split()) for p in pieces} == {3, 4}
+    assert all(p.split() for p in bench.cut([{"content": "two words"}], 4))
+
+
+def test_memory_of_keys_and_values_is_that_of_the_cache(bench, loaded):
+    _, model, _ = loaded
+    for tokens in (1, 7):
+        cache = model(input_ids=torch.arange(tokens)[None], use_cache=True).past_key_values
+        assert bench.kv_bytes(model.config, tokens, 4) == sum(x.numel() * 4 for layer in cache.layers for x in (layer.keys, layer.values))
+
+
+def test_figures_are_written_whole_or_not_at_all(bench, tmp_path, monkeypatch):
+    path = tmp_path / "r" / "b.json"
+    bench.save(path, {"items": {"1": 2}})
+    before = path.read_bytes()
+    monkeypatch.setattr(bench.os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(SystemExit):
+        bench.save(path, {"items": {}})
+    assert path.read_bytes() == before and json.loads(before) == {"items": {"1": 2}}
+
+
+# --- what is measured against
+
+def test_full_logits_and_chunks_are_the_same_loss_and_gradient(bench):
+    rng = torch.Generator().manual_seed(0)
+    hidden, target, weight = (torch.randn(n, 16, generator=rng) for n in (200, 200, 90))
+    a, b = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    chunks, full = bench.token_loss(a, weight, target, 2.0), bench.full_loss(b @ weight.T, target @ weight.T, 2.0)
+    chunks.mean().backward()
+    full.mean().backward()
+    assert torch.allclose(chunks, full, atol=1e-4, rtol=1e-4) and torch.allclose(a.grad, b.grad, atol=1e-6, rtol=1e-4) and full.mean() > 0.1
+
+
+def test_plain_decoding_in_a_batch_is_what_the_shared_prefix_gives(bench, loaded):
+    _, model, tokenizer = loaded
+    rows = [bench.chat_ids(tokenizer, [{"role": "system", "content": SENTENCES[0]}, {"role": "user", "content": s}]) for s in SENTENCES[1:5]]
+    assert len({len(r) for r in rows}) > 1
+    said = torch.cat([ids for ids, _ in bench.plain(model, rows, NONE, 6)], 1).tolist()
+    shared = {i: answer for i, answer, _ in bench.generate(model, rows, torch.tensor([], dtype=torch.int64), 6)}
+    assert said == [shared[i] for i in range(4)]
+
+
+def test_the_naive_recipe_trains_a_bf16_vector_and_nothing_else(bench, smol):
+    model, tokenizer = smol
+    turns = [[{"role": "user", "content": s}] for s in SENTENCES[1:4]]
+    full, rows = [bench.chat_ids(tokenizer, [{"role": "system", "content": SENTENCES[0]}] + t) for t in turns], [bench.layout_ids(tokenizer, "chat", [-1], t) for t in turns]
+    stop, start = torch.tensor([tokenizer.eos_token_id]), bench.noise(model, 0)
+    held = {i: (answer, hidden) for i, answer, hidden in bench.generate(model, full, stop, 6)}
+    answers, hidden = [held[i][0] for i in range(3)], [held[i][1] for i in range(3)]
+
+    def kl(vector):
+        total, _, tokens = bench.evaluate(model, rows, answers, hidden, vector).sum(0).tolist()
+        return total / tokens
+    steps = bench.naive(model, full, rows, stop, 6, start, 0.1, 0, 10)
+    (first, at, _), (seconds, step, vector) = next(steps), next(steps)
+    assert (at, step) == (10, 20) and seconds > first > 0
+    assert torch.equal(vector, vector.bfloat16().float()) and kl(vector) < 0.9 * kl(start)
+    assert not any(w.requires_grad or w.grad is not None for w in model.parameters())
+
+
+# --- command lines
+
+def test_a_bar_is_read_while_it_stands_and_a_run_that_is_left_ends(bench):
+    code = r"import os, signal, sys; sys.stderr.write(f'\r[AE]:  50%|#| 1/2 [{os.getpid()}'); sys.stderr.flush(); signal.pause()"
+    running = bench.watch(["-c", code])
+    text = next(text for _, text in running if "1/2" in text)                                        # no line end follows it
+    pid = int(text.split("[")[-1])
+    os.kill(pid, 0)
+    running.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_run_that_fails_is_told_with_its_last_lines(bench, capsys):
+    with pytest.raises(SystemExit) as e:
+        list(bench.watch(["-c", "import sys; print('about to go'); sys.exit('no such prompt')"]))
+    assert e.value.code == 1 and "no such prompt" in capsys.readouterr().err
+
+
+class EveryStep(tqdm.tqdm):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, mininterval=0, **kwargs)
+
+
+@pytest.fixture
+def in_process(bench, scripts, monkeypatch):
+    """bench.watch without processes: the script's main() in this one, its output cut into the same pieces, a millisecond apart."""
+    modules = {"stage0_ae.py": scripts.ae, "stage2_kd.py": scripts.kd, "bench.py": bench}
+    commands = []
+
+    def watch(command, threads=0):
+        commands.append([str(x) for x in command])
+        at = next(i for i, x in enumerate(command) if Path(x).name in modules)
+        said = io.StringIO()
+        with monkeypatch.context() as m, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            m.setattr(sys, "argv", [str(x) for x in command[at:]])
+            modules[Path(command[at]).name].main()
+        for i, text in enumerate(re.split(r"[\r\n]+", said.getvalue())):
+            yield i / 1000, text
+    for module in (scripts.ae, scripts.kd):
+        monkeypatch.setattr(module, "tqdm", EveryStep)
+    monkeypatch.setattr(bench, "watch", watch)
+    return commands
+
+
+def check(results):
+    """Every item, well formed: machine, settings, and rows with n, a median within its range and finite ratios."""
+    assert set(results["items"]) == ITEMS
+    for item in results["items"].values():
+        assert {"cpu", "threads", "torch", "dtype", "device"} <= set(item["machine"]) and item["settings"]["quick"] and item["rows"]
+        for row in item["rows"]:
+            if "ratio" in row and "better" in row:
+                for figure in (v for v in row.values() if isinstance(v, dict) and "median" in v):
+                    assert 0 < figure["min"] <= figure["median"] <= figure["max"] < float("inf") and figure["n"] >= 1
+    *curves, last = results["items"]["1"]["rows"]
+    assert [r["what"] for r in curves] == ["ours", "naive, lr 0.03", "naive, lr 0.1"] and sum(r.get("chosen", False) for r in curves) == 1
+    for r in curves:
+        gaps = [p[2] for p in r["curve"]]
+        assert gaps == sorted(gaps) and r["reached"] == (gaps[-1] >= last["target"]) and r["step"] % 10 == 0
+    assert curves[0]["held_out_gap_closed_here"] == pytest.approx(curves[0]["gap_closed"], abs=0.02)      # the two sides measure the same thing
+    kv = [r for r in results["items"]["5"]["rows"] if r["unit"] == "bytes"]
+    assert len(kv) == 2 and all(r["computed"] == r["in the cache"] > 0 for r in kv)
+    assert [r["b"] for r in results["items"]["6"]["rows"]] == [1, 4]
+    assert [r["prompt_tokens"] for r in results["items"]["4"]["rows"]] == sorted(r["prompt_tokens"] for r in results["items"]["4"]["rows"])
+
+
+def test_a_whole_run_writes_every_item_and_a_second_one_measures_nothing(bench, in_process, command, checkpoints, folder):
+    line = [*QUICK, "--model", checkpoints["smol"]]
+    first = command(bench, *line, "--only", 2, 4, 5)
+    assert first.code == 0, first.err
+    assert set(json.loads(Path("r/b.json").read_text())["items"]) == {"2", "4", "5"} and not in_process
+    second = command(bench, *line)
+    assert second.code == 0, second.err
+    assert "item 2, step throughput: in r/b.json already" in second.out and "\nitem 2" not in second.out.split("item 1, time")[1]
+    text = Path("r/b.json").read_text()
+    check(json.loads(text))
+    assert {p.name for p in Path("r").iterdir()} == {"b.json", "b-quality.png", "b-ttft.png"}
+    assert all(Path("r", name).read_bytes()[:4] == b"\x89PNG" for name in ("b-quality.png", "b-ttft.png"))
+    assert sum("torch.distributed.run" in c for c in in_process) == 1 and sum("--memory-of" in c for c in in_process) == 2
+    many = [c for c in in_process if "--queries" in c]
+    assert [c.index("--out") - c.index("--prompt") - 1 for c in many] == [1, 1, 1, 1, 1, 4]
+
+    ran = len(in_process)
+    third = command(bench, *line)
+    assert third.code == 0 and len(in_process) == ran and Path("r/b.json").read_text() == text
+    assert command(bench, *line, "--only", 2, "--again").code == 0 and Path("r/b.json").read_text() != text
+
+    changed = json.loads(text)
+    changed["items"]["2"]["machine"]["cpu"] = "another"
+    Path("r/b.json").write_text(json.dumps(changed))
+    other = command(bench, *line)
+    assert other.code == 2 and "another machine" in other.err and json.loads(Path("r/b.json").read_text()) == changed
+
+
+@pytest.mark.parametrize("arguments, file, word", [
+    (["--only", "9"], None, "--only"),
+    (["--repeats", "0"], None, "--repeats"),
+    (["--prompt", "none.txt"], None, "none.txt"),
+    (["--prompt", "turns.json"], None, "turns.queries.txt"),
+    ([], "not json", "figures of an earlier run"),
+    ([], '{"items": {"1": 5}}', "figures of an earlier run"),
+    (["--model", "nowhere"], None, "--model nowhere"),
+])
+def test_mistakes_are_told_in_one_line(bench, command, checkpoints, folder, arguments, file, word):
+    if file:
+        Path("r").mkdir()
+        Path("r/b.json").write_text(file)
+    r = command(bench, *QUICK, "--model", checkpoints["smol"], *([] if "--only" in arguments else ["--only", 2]), *arguments)
+    assert r.code == 2 and word in r.err and len(r.err.strip().splitlines()) == 1
+    assert (Path("r/b.json").read_text() if Path("r/b.json").exists() else None) == file
+
+
+@pytest.mark.slow
+def test_the_command_line_itself_with_its_processes(checkpoints, folder):
+    r = subprocess.run([sys.executable, str(ROOT / "bench.py"), *QUICK, "--model", str(checkpoints["smol"])], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    check(json.loads(Path("r/b.json").read_text()))
