@@ -4,7 +4,7 @@ MODEL  := models/smollm2-135m/config.json
 DEMO   := out/demo
 ASK    := "What do you think of tax collectors?" "How do I cook rice so that it does not stick?" "I had a bad day at work. Any advice?"
 
-.PHONY: demo test test-slow clean
+.PHONY: demo serve test test-slow test-serving clean
 
 # a prompt file becomes one vector that answers like it; every part of it that is done is skipped the next time
 demo: .venv/installed $(MODEL)
@@ -19,10 +19,14 @@ demo: .venv/installed $(MODEL)
 	@$(BIN)/python infer.py --be $(DEMO)/be.pt --compare --max-new-tokens 60 --query $(ASK)
 
 test: .venv/installed
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m "not slow" tests
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m "not slow and not serving" tests
 
 test-slow: .venv/installed $(MODEL)
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m slow tests
+
+# real servers on loopback: vLLM (in .venv-vllm or NANOBE_VLLM_VENV, 3 GB, installed by the first run) and transformers serve
+test-serving: .venv/installed $(MODEL)
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m serving tests/serving
 
 .venv/installed: requirements.txt constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "nanoBE needs Python 3.10 or newer, this is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2])'
