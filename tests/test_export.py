@@ -88,8 +88,8 @@ def case(request, export, scripts, checkpoints, tmp_path_factory):
     run_export(export, folder / "be.pt", "--out", folder / "served", "--dtype", "fp32", "--pieces", 4)
     model, tokenizer = scripts.infer.load_frozen(str(base), CPU, torch.float32, "eager")
     served = transformers.AutoModelForCausalLM.from_pretrained(folder / "served", attn_implementation="eager")
-    return SimpleNamespace(folder=folder, tied=tied, spare=spare, layout=layout, k=k, be=be, model=model, tokenizer=tokenizer, name="<|be:old-captain|>",
-                           served=served, read=transformers.AutoTokenizer.from_pretrained(folder / "served"), ids=json.loads((folder / "served/nanobe.json").read_text())["tokens"])
+    return SimpleNamespace(folder=folder, tied=tied, spare=spare, layout=layout, k=k, be=be, model=model, tokenizer=tokenizer, name="<|be:old-captain|>", served=served,
+                           read=transformers.AutoTokenizer.from_pretrained(folder / "served"), ids=json.loads((folder / "served/nanobe.json").read_text())["tokens"])
 
 
 def fed(case, turns, system=None):
@@ -104,19 +104,25 @@ def hook(case, scripts, turns, limit=10):
         return ids, list(scripts.infer.answer(case.model, ids, case.be["vector"], {case.tokenizer.eos_token_id}, limit, 0, None))
 
 
+def plain(model, ids, limit):
+    """The exported model's own greedy answer, by generate(), without the stop token."""
+    out = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), do_sample=False, max_new_tokens=limit)
+    return [t for t in out[0, len(ids):].tolist() if t != model.generation_config.eos_token_id]
+
+
 def test_greedy_chat_is_token_identical_to_the_hook(case, scripts):
     new, answers = case.ids[case.name]["ids"], []
-    for turns in [[{"role": "user", "content": q}] for q in QUERIES] + [[{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Aye."}, {"role": "user", "content": "Why?"}]]:
+    later = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Aye."}, {"role": "user", "content": "Why?"}]
+    for turns in [[{"role": "user", "content": q}] for q in QUERIES] + [later]:
         turns = [t | {"content": t["content"].strip()} for t in turns]
         ids, answer = hook(case, scripts, turns)
         given = fed(case, turns)
         assert given == [new[-1 - t] if t < 0 else t for t in ids]
-        out = case.served.generate(torch.tensor([given]), attention_mask=torch.ones(1, len(given), dtype=torch.long), do_sample=False, max_new_tokens=10)[0, len(given):].tolist()
-        assert [t for t in out if t != case.tokenizer.eos_token_id] == answer
-        answers.append(tuple(answer))
-    zero = case.be["vector"] * 0
-    with torch.no_grad():                                                   # and the vector matters here: with zeros in its place the answers are others
-        assert answers != [tuple(scripts.infer.answer(case.model, hook(case, scripts, [{"role": "user", "content": q.strip()}], 1)[0], zero, set(), 10, 0, None)) for q in QUERIES]
+        assert plain(case.served, given, 10) == answer
+        answers.append(answer)
+    with torch.no_grad():                                                   # and the vector matters here: with zeros in its place the answer is another
+        ids = hook(case, scripts, [{"role": "user", "content": QUERIES[0]}], 1)[0]
+        assert answers[0] != list(scripts.infer.answer(case.model, ids, case.be["vector"] * 0, {case.tokenizer.eos_token_id}, 10, 0, None))
 
 
 def test_the_learned_token_is_never_near_the_top(case):
@@ -212,7 +218,8 @@ def test_several_artifacts_of_one_model_go_in_together(export, scripts, shelf, t
     assert r.code == 0 and "the learned tokens at" in r.out
     tokens = json.loads((tmp_path / "served/nanobe.json").read_text())["tokens"]
     model, tokenizer = scripts.infer.load_frozen(str(shelf / "base"), CPU, torch.float32, "eager")
-    served, read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "served", attn_implementation="eager"), transformers.AutoTokenizer.from_pretrained(tmp_path / "served")
+    served = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "served", attn_implementation="eager")
+    read = transformers.AutoTokenizer.from_pretrained(tmp_path / "served")
     turns, answers = [{"role": "user", "content": "What is the capital of France?"}], {}
     for file, name, layout, k in (("a", "a", "chat", 1), ("b", "b", "block", 2), ("a", "again", "chat", 1)):
         ids = scripts.infer.layout_ids(tokenizer, layout, [-1 - i for i in range(k)], turns)
@@ -221,8 +228,7 @@ def test_several_artifacts_of_one_model_go_in_together(export, scripts, shelf, t
             answers[name] = list(scripts.infer.answer(model, ids, vector, {tokenizer.eos_token_id}, 12, 0, None))
         given = read.apply_chat_template([{"role": "system", "content": f"<|be:{name}|>"}] + turns, add_generation_prompt=True, return_dict=False)
         assert given == [tokens[f"<|be:{name}|>"]["ids"][-1 - t] if t < 0 else t for t in ids]
-        out = served.generate(torch.tensor([given]), attention_mask=torch.ones(1, len(given), dtype=torch.long), do_sample=False, max_new_tokens=12)[0, len(given):].tolist()
-        assert [t for t in out if t != tokenizer.eos_token_id] == answers[name]
+        assert plain(served, given, 12) == answers[name]
     assert answers["a"] == answers["again"] != answers["b"]
 
 

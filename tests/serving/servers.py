@@ -47,7 +47,8 @@ def script(*arguments):
 
 @functools.cache
 def exported():
-    """The default model in fp32 with two tokens: <|be:pirate|> (layout chat, the demo's vector, or one distilled in a few steps), and <|be:two|> (layout block, k = 2, random)."""
+    """The default model in fp32 with two tokens: <|be:pirate|> (layout chat, the demo's vector, or one distilled in a few steps), and <|be:two|> (layout block,
+    k = 2, random)."""
     folder = Path(tempfile.mkdtemp(prefix="nanobe-serving-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     be = ROOT / "out/demo/be.pt"
@@ -55,8 +56,8 @@ def exported():
         queries = (ROOT / "prompts/pirate.queries.txt").read_text().splitlines()[:24]
         (folder / "q.txt").write_text("\n".join(queries))
         be = folder / "be.pt"
-        script("stage2_kd.py", "--prompt", "prompts/pirate.txt", "--queries", folder / "q.txt", "--test-queries", folder / "q.txt", "--init", "random", "--lam", 1, "--steps", 12,
-               "--answer-tokens", 8, "--lr", 0.1, "--out", be)
+        script("stage2_kd.py", "--prompt", "prompts/pirate.txt", "--queries", folder / "q.txt", "--test-queries", folder / "q.txt", "--init", "random", "--lam", 1,
+               "--steps", 12, "--answer-tokens", 8, "--lr", 0.1, "--out", be)
     one = torch.load(be, weights_only=True)
     assert one["layout"] == "chat" and len(one["vector"]) == 1
     infer = load_script("infer")
@@ -99,7 +100,8 @@ def server(arguments, log):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     with open(log, "w") as f:
-        child = subprocess.Popen([venv(), *map(str, arguments), "--host", "127.0.0.1", "--port", str(port)], cwd=log.parent, stdout=f, stderr=f, env=os.environ | QUIET, start_new_session=True)
+        child = subprocess.Popen([venv(), *map(str, arguments), "--host", "127.0.0.1", "--port", str(port)], cwd=log.parent, stdout=f, stderr=f,
+                                 env=os.environ | QUIET, start_new_session=True)
     try:
         for _ in range(1200):
             assert child.poll() is None, f"the server ended:\n{log.read_text()[-3000:]}"
@@ -124,9 +126,11 @@ def server(arguments, log):
 
 
 def ask(url, jobs, at_once=1, **common):
-    """Chat completions through the openai client -> list of SimpleNamespace(text, ids, prompt_ids, pieces, reason, usage, status, error). Each job: the arguments of create()."""
+    """Chat completions through the openai client -> list of SimpleNamespace(text, ids, prompt_ids, pieces, reason, usage, status, error).
+    Each job: the arguments of create()."""
     jobs = [{"model": "be", "temperature": 0, "max_tokens": 24} | common | job for job in jobs]
-    r = subprocess.run([venv(), Path(__file__).with_name("client.py")], input=json.dumps({"url": f"{url}/v1", "jobs": jobs, "at_once": at_once}), capture_output=True, text=True)
+    work = json.dumps({"url": f"{url}/v1", "jobs": jobs, "at_once": at_once})
+    r = subprocess.run([venv(), Path(__file__).with_name("client.py")], input=work, capture_output=True, text=True)
     assert r.returncode == 0, r.stderr[-3000:]
     return [SimpleNamespace(**row) for row in json.loads(r.stdout)]
 
