@@ -196,9 +196,9 @@ def token_names(paths, artifacts, names):
         fail(f"--names: expected one for each of {len(paths)} artifacts, found {len(names)}")
     found = []
     for i, (path, be) in enumerate(zip(paths, artifacts)):
-        prompt = be.get("config", {}).get("prompt", "")
-        prompt = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
-        stem = names[i] if names else Path(prompt if prompt and isinstance(prompt, str) else path).stem
+        prompt = be.get("config", {}).get("prompt") or path
+        prompt = prompt if not isinstance(prompt, list) else prompt[0] if len(prompt) == 1 else path
+        stem = names[i] if names else Path(prompt).stem
         safe = re.sub(r"[^a-z0-9_-]+", "-", stem.lower()).strip("-") or "be"
         if names and safe != stem:
             fail(f"--names {stem!r}: expected letters a-z, digits, _ and -; try {safe}")
@@ -214,8 +214,7 @@ def frame(stock, words, blocks, bos, after):
     words: {short name: the token(s) it stands for}, written out in the system message. blocks: the short names which, alone in the system message, take the place
     of the system block, whose text ends with `after` once the message is said; bos is what stays before it.
     """
-    return """\
-{%- set be = namespace(text="", found=false, block=false) %}
+    template = """{%- set be = namespace(text="", found=false, block=false) %}
 {%- if messages and messages[0]["role"] == "system" %}
     {%- set be.text = messages[0]["content"] if messages[0]["content"] is string else messages[0]["content"] | map(attribute="text") | join %}
     {%- for name, tokens in WORDS.items() if name in be.text %}
@@ -229,9 +228,10 @@ def frame(stock, words, blocks, bos, after):
 {%- set be_chat %}
 STOCK{% endset %}
 {%- set be_rest = be_chat.split(be.text, 1)[1] if be.block else "" %}
-{%- if be.block and be_rest.startswith(be_after) %}{{- BOS ~ be.text ~ be_rest[be_after | length:] }}
-{%- else %}{{- be_chat }}
-{%- endif %}""".replace("WORDS", json.dumps(words)).replace("BLOCKS", json.dumps(blocks)).replace("AFTER", json.dumps(after)).replace("BOS", json.dumps(bos)).replace("STOCK", stock.removesuffix("\n"))
+{%- if be.block and be_rest.startswith(be_after) %}{{- BOS ~ be.text ~ be_rest[be_after | length:] }}{%- else %}{{- be_chat }}{%- endif %}"""
+    for mark, value in {"WORDS": json.dumps(words), "BLOCKS": json.dumps(blocks), "AFTER": json.dumps(after), "BOS": json.dumps(bos), "STOCK": stock.removesuffix("\n")}.items():
+        template = template.replace(mark, value)
+    return template
 
 
 def text_pieces(paths, count):
@@ -254,10 +254,6 @@ def last_hidden(model, rows, learned):
         yield model.get_decoder()(inputs_embeds=embed(model, torch.tensor([row]), learned), use_cache=False).last_hidden_state[0]
 
 
-def same_bits(a, b):
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
 def main():
     args = settings()
     out = Path(args.prompt_embeds or args.out)
@@ -270,17 +266,20 @@ def main():
     names = token_names(args.be, artifacts, args.names)
     tmp = Path(f"{out}.tmp")
 
-    if args.prompt_embeds:                                                                           # the server puts its chat template around the message: layout chat, and no other
+    if args.prompt_embeds:                              # the server puts its chat template around the message: layout chat, and no other
         if len(artifacts) > 1 or artifacts[0]["layout"] != "chat":
-            fail(f"--prompt-embeds: expected one artifact of layout chat, found {len(artifacts)}, the first of layout {artifacts[0]['layout']}; block is served by --out")
+            fail(f"--prompt-embeds: expected one artifact of layout chat, found {len(artifacts)}, the first of layout {artifacts[0]['layout']}; block needs --out")
         file = io.BytesIO()
         torch.save(artifacts[0]["vector"].clone(), file)                                            # (k, d) fp32; the server casts it
         message = {"role": "system", "content": [{"type": "prompt_embeds", "data": base64.b64encode(file.getvalue()).decode()}]}
         if out.is_dir():
             fail(f"--prompt-embeds {out}: expected a file to write, found a folder")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tmp.write_text(json.dumps(message) + "\n", encoding="utf-8")
-        os.replace(tmp, out)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            tmp.write_text(json.dumps(message) + "\n", encoding="utf-8")
+            os.replace(tmp, out)
+        except OSError as e:
+            fail(f"{out}: cannot be written: {e.strerror or e}")
         print(f"wrote {out}: a system message of {len(artifacts[0]['vector'])} vector(s) of {artifacts[0]['model']['d']} numbers, for {artifacts[0]['model']['name']}\n"
               f"serve:  python -m vllm.entrypoints.openai.api_server --model {args.model or artifacts[0]['model']['name']} --enable-prompt-embeds")
         return
@@ -367,9 +366,9 @@ def main():
                 for key in f.keys():
                     old, new = base[key], f.get_tensor(key)
                     if key in ("model.embed_tokens.weight", "lm_head.weight"):
-                        assert same_bits(new[~kept], (vectors if "embed" in key else head[ids]).to(new.dtype)), f"{key}: not the rows that were learned"
+                        assert torch.equal(new[~kept], (vectors if "embed" in key else head[ids]).to(new.dtype)), f"{key}: not the rows that were learned"
                         old, new = old[kept[:rows]], new[kept]
-                    assert same_bits(old, new), f"{key} differs from the base"
+                    assert old.dtype == new.dtype and torch.equal(old.view(torch.uint8), new.view(torch.uint8)), f"{key} differs from the base"
                     whole += 1
         assert whole == len(state), "a weight is missing"
         read = transformers.AutoTokenizer.from_pretrained(tmp)
@@ -385,13 +384,14 @@ def main():
             os.replace(out, f"{out}.old")
         os.replace(tmp, out)
         shutil.rmtree(f"{out}.old", ignore_errors=True)
+    except OSError as e:
+        fail(f"{out}: cannot be written: {e.strerror or e}; nothing there has changed")
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     exact = "" if model.dtype in (stored, torch.float32) else f", rounded to {str(model.dtype)[6:]}"
-    print(f"{out}: {len(base) - 2} tensors of the body and {int(kept[:rows].sum())} old rows of both table and head are bit-identical to the base{exact}; "
-          f"new: rows {ids}\n")
-    for name, be in zip(names, artifacts):
-        print(f"{name}  in place of {be['prompt'].get('tokens')} tokens, layout {be['layout']}, from {args.be[names.index(name)]}")
+    print(f"{out}: {len(base) - 2} tensors of the body and {int(kept[:rows].sum())} old rows of both table and head are bit-identical to the base{exact}; new: rows {ids}\n")
+    for name, be, path in zip(names, artifacts, args.be):
+        print(f"{name}  in place of {be['prompt'].get('tokens')} tokens, layout {be['layout']}, from {path}")
     question = [{"role": "system", "content": names[0]}, {"role": "user", "content": "How do I cook rice?"}]
     body = json.dumps({"model": str(out), "messages": question, "temperature": 0, "max_tokens": 60})
     print(f"\nserve:  python -m vllm.entrypoints.openai.api_server --model {out} --port 8000\n"

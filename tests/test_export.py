@@ -254,6 +254,8 @@ REFUSED = {                                                                 # ca
     "a model that does not lean": (["flat.pt", "--out", "new", "--pieces", "2"], ["in --text, above --bound 0.001, so the model would say it"]),
     "no text": (["a.pt", "--out", "new", "--text", "nowhere.txt"], ["--text: expected text files"]),
     "little text": (["a.pt", "--out", "new", "--text", "little.txt"], ["expected at least 240 words, found 3"]),
+    "a place that cannot be": (["a.pt", "--out", "a.pt/new", "--pieces", "2"], ["a.pt/new: cannot be written: Not a directory"]),
+    "a message that cannot be": (["a.pt", "--prompt-embeds", "a.pt/new"], ["a.pt/new: cannot be written: "]),
     "two messages": (["a.pt", "a.pt", "--prompt-embeds", "new", "--names", "a", "b"], ["expected one artifact of layout chat, found 2"]),
     "a block message": (["b.pt", "--prompt-embeds", "new"], ["the first of layout block"]),
     "a message over a folder": (["a.pt", "--prompt-embeds", "base", "--overwrite"], ["expected a file to write, found a folder"]),
@@ -296,7 +298,7 @@ def test_a_tokenizer_with_more_ids_than_the_table_has_rows_is_refused(export, sc
     assert r.code == 2 and "cannot have a row of its own" in r.err and not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")], ids=["ctrl-C", "disk full"])
 def test_a_run_that_breaks_off_leaves_the_old_export_whole(error, export, shelf, tmp_path, command, monkeypatch):
     make = ["--out", tmp_path / "served", "--names", "a", "--pieces", 2]
     assert command(export, shelf / "a.pt", *make).code == 0
@@ -307,8 +309,12 @@ def test_a_run_that_breaks_off_leaves_the_old_export_whole(error, export, shelf,
         raise error
     with monkeypatch.context() as m:
         m.setattr(export.huggingface_hub, "save_torch_state_dict", broken)
-        with pytest.raises(error):
-            command(export, shelf / "a.pt", *make, "--overwrite")
+        if error is KeyboardInterrupt:
+            with pytest.raises(error):
+                command(export, shelf / "a.pt", *make, "--overwrite")
+        else:
+            r = command(export, shelf / "a.pt", *make, "--overwrite")
+            assert r.code == 2 and "No space left on device; nothing there has changed" in r.err and r.err.count("\n") == 1
     assert {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / "served").iterdir()} == before
     assert os.listdir(tmp_path) == ["served"]
     assert command(export, shelf / "b.pt", *make, "--overwrite").code == 0                          # and a whole run replaces it
