@@ -47,6 +47,7 @@ KINDS = {
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: needs the real default model of models/prepare.py, and minutes; leave out with -m 'not slow'")
+    config.addinivalue_line("markers", "serving: starts real servers, vLLM in a venv of its own (3 GB); make test-serving")
 
 
 def build_tokenizer(special, bos, eos, template, split):
