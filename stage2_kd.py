@@ -244,7 +244,7 @@ def save_artifact(path, artifact):
     """Written beside its place and renamed: a run killed here, or a full disk, leaves the old file whole."""
     try:
         with open(f"{path}.tmp", "wb") as f:
-            torch.save(artifact | {"checksum": checksum(artifact)}, f)
+            torch.save(artifact | {"checksum": checksum({name: value for name, value in artifact.items() if name != "checksum"})}, f)      # not over the one it was loaded with
             f.flush()
             os.fsync(f.fileno())
         os.replace(f"{path}.tmp", path)
