@@ -766,10 +766,12 @@ def main():
                 if kl / tokens < t.best["kl"]:
                     t.best = {"kl": kl / tokens, "step": step + 1, "vector": t.be.detach().cpu().clone()}
             save(t)
+        if halt:
+            bar.close()
+            barrier()                                                                                # torchrun ends the others as soon as one process leaves: not before rank 0 has saved
         if bad == 3:
             fail(f"steps {step - 2} to {step}: the loss or its gradient was not finite three times in a row; the last good vector is in {tasks[0].out}; start anew with a --lr below {args.lr}", code=1)
         if halt:
-            bar.close()
             print(f"stopped after step {step + 1}; go on with --resume")
             sys.exit(128 + (asked or [signal.SIGTERM])[0])
         gaps = [1 - t.best["kl"] * t.base[2].item() / t.base[0].item() for t in tasks if t.best["step"]]
