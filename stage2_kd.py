@@ -652,7 +652,7 @@ def main():
                 fail(f"{source}: its vector was made for another prompt than {t.path}; make one with: {maker}")
             if args.resume and t.saved["stage"] != "kd":
                 fail(f"--resume: {source} comes from stage 1, so there is no run of stage 2 to go on with; run without --resume")
-            again = t.saved["stage"] == "kd" and source == t.out                                     # a second run over its own output starts where the first one did
+            again = t.saved["stage"] == "kd" and source == t.out and args.steps > 0                  # a second run over its own output starts where the first one did
             t.layout, t.start = t.saved["layout"], t.saved["start" if again else "vector"]
             if args.k not in (0, len(t.start)) or args.layout not in ("", t.layout):
                 fail(f"--k, --layout: {source} has k = {len(t.start)}, layout {t.layout}; another k or layout needs a new stage 1, or --init random")
