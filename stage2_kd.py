@@ -718,7 +718,7 @@ def main():
             per_epoch = len(t.train) // args.batch                                                   # the order depends on seed and step alone: a resumed run sees the same
             order = random.Random(f"{args.seed} {step // per_epoch}").sample(t.train, len(t.train))
             part = order[step % per_epoch * args.batch:][:args.batch]
-            t.kd, t.tokens = 0.0, sum(len(t.answers[i]) for i in part)
+            t.kd, t.recon, t.tokens = 0.0, 0.0, sum(len(t.answers[i]) for i in part)
             batch += [(t, i) for i in part]
         batch.sort(key=lambda x: len(x[0].rows[x[1]]) + len(x[0].answers[x[1]]))                     # like lengths together, then every world-th to each rank
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and dtype == torch.bfloat16)
@@ -734,27 +734,27 @@ def main():
             (args.lam * sum(shares)).backward()
             for (t, _), share in zip(micro, shares):
                 t.kd += share.item()
-        if args.lam < 1 and step % args.recon_every == 0:
-            for t in active[rank::world]:
-                with autocast:
-                    hidden = body(inputs_embeds=embed(model, t.recon_ids, torch.cat([learned, ae])), use_cache=False).last_hidden_state[0, -len(t.s):]
-                    recon = token_loss(hidden, weight, torch.tensor(t.s, device=device)).mean()
-                ((1 - args.lam) * args.recon_every * recon).backward()
-                t.history.append({"step": step, "L_recon": recon.item()})
+        with_recon = args.lam < 1 and step % args.recon_every == 0
+        for t in active[rank::world] if with_recon else []:
+            with autocast:
+                hidden = body(inputs_embeds=embed(model, t.recon_ids, torch.cat([learned, ae])), use_cache=False).last_hidden_state[0, -len(t.s):]
+                recon = token_loss(hidden, weight, torch.tensor(t.s, device=device)).mean()
+            ((1 - args.lam) * args.recon_every * recon).backward()
+            t.recon = recon.item()
         grad = learned.grad if learned.grad is not None else torch.zeros_like(learned)
-        sums = torch.tensor([*(t.kd for t in active), bool(asked)], device=device)
+        sums = torch.tensor([*(t.kd for t in active), *(t.recon for t in active), bool(asked)], device=device)
         if world > 1:
             torch.distributed.all_reduce(grad)
             torch.distributed.all_reduce(sums)
         finite = bool(sums.isfinite().all() and grad.isfinite().all())
         bad = 0 if finite else bad + 1
-        for t, kd in zip(active, sums.tolist()):
+        for t, kd, recon in zip(active, sums.tolist(), sums[len(active):].tolist()):
             t.optimizer.param_groups[0]["lr"] = lr
             t.be.grad = grad[t.offset:t.offset + t.k]
             if finite:
                 t.optimizer.step()
             t.step, t.skipped = step + 1, t.skipped + (not finite)
-            t.history.append({"step": step, "L_KD": kd})
+            t.history += [{"step": step, "L_recon": recon}] * with_recon + [{"step": step, "L_KD": kd}]
         if not finite:
             tqdm.write(f"step {step}: the loss or its gradient is not finite; skipped")
 
