@@ -753,7 +753,7 @@ def main():
             t.be.grad = grad[t.offset:t.offset + t.k]
             if finite:
                 t.optimizer.step()
-            t.step, t.skipped = step + 1, t.skipped + (not finite)
+            t.kd, t.step, t.skipped = kd, step + 1, t.skipped + (not finite)
             t.history += [{"step": step, "L_recon": recon}] * with_recon + [{"step": step, "L_KD": kd}]
         if not finite:
             tqdm.write(f"step {step}: the loss or its gradient is not finite; skipped")
