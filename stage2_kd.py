@@ -644,13 +644,16 @@ def main():
     table = model.get_input_embeddings().weight.detach().float().cpu()                              # (V, d)
     for t in tasks:
         t.layout, t.start = args.layout or "chat", table.mean(0) + table.std(0) * torch.randn(args.k or 1, d, generator=torch.Generator().manual_seed(args.seed))
-        source = t.out if args.resume else t.be_path
-        maker = f"python stage1_recon.py --prompt {t.path} --model {args.model} --out {source}"
-        if args.resume or args.init == "be":
+        maker = f"python stage1_recon.py --prompt {t.path} --model {args.model} --out {t.out if args.resume else t.be_path}"
+        t.resume = args.resume and (len(tasks) == 1 or Path(t.out).exists() and load_artifact(t.out, "be", before, d, maker)["stage"] == "kd")
+        source = t.out if t.resume else t.be_path
+        if args.resume and not t.resume:                                                             # killed between the first saves of two prompts
+            print(f"--resume: {t.out} holds no run yet, so it begins now")
+        if t.resume or args.init == "be":
             t.saved = load_artifact(source, "be", before, d, maker)
             if t.saved["prompt"]["messages"] != t.messages:
                 fail(f"{source}: its vector was made for another prompt than {t.path}; make one with: {maker}")
-            if args.resume and t.saved["stage"] != "kd":
+            if t.resume and t.saved["stage"] != "kd":
                 fail(f"--resume: {source} comes from stage 1, so there is no run of stage 2 to go on with; run without --resume")
             again = t.saved["stage"] == "kd" and source == t.out and args.steps > 0                  # a second run over its own output starts where the first one did
             t.layout, t.start = t.saved["layout"], t.saved["start" if again else "vector"]
@@ -658,10 +661,13 @@ def main():
                 fail(f"--k, --layout: {source} has k = {len(t.start)}, layout {t.layout}; another k or layout needs a new stage 1, or --init random")
         t.k = len(t.start)
         t.config = vars(args) | {"prompt": t.path, "out": t.out, "be": t.be_path, "k": t.k, "layout": t.layout}
-        if args.resume:
+        if t.resume:
             check_resume(t.out, t.saved, t.config)
         t.s = prompt_ids(tokenizer, t.messages, t.layout, model.config.max_position_embeddings)
         t.prompt = {"sha256": hashlib.sha256(json.dumps(t.messages).encode()).hexdigest(), "messages": t.messages, "tokens": len(t.s)}
+
+    if args.resume and not any(t.resume for t in tasks):
+        fail(f"--resume: none of {', '.join(t.out for t in tasks)} holds a run of stage 2 to go on with; run without --resume")
 
     # the data
     for t in tasks:
@@ -683,7 +689,7 @@ def main():
         t.optimizer = torch.optim.AdamW([t.be], weight_decay=0)
         t.step, t.history, t.skipped, t.best = 0, [], 0, {"kl": math.inf, "step": 0, "vector": t.start}
         t.inputs = checksum([json.dumps([t.rows, t.answers]), ae.cpu()])                            # what a resumed run must find again
-        if args.resume:
+        if t.resume:
             if t.saved["inputs"] != t.inputs:
                 fail(f"--resume: the queries, the [AE] or the template have changed since {t.out} began; put them back, or run without --resume to start anew")
             t.step, t.best, t.history, t.skipped = t.saved["step"], t.saved["best"], t.saved["history"], t.saved["skipped"]
