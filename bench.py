@@ -76,6 +76,7 @@ def settings():
 # --- shared: fail --------------------------------------------------------
 def fail(message, code=2):
     """A user's mistake: one line on stderr that says what was expected, what came and what to do; exit code 2."""
+    message = " ".join("".join(c if c.isprintable() else " " for c in message).split())          # names out of files are in it
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -231,7 +232,8 @@ def read_prompt(path):
         return [{"role": "system", "content": text}]
     try:
         messages = [{"role": str(m["role"]), "content": m["content"].strip()} for m in json.loads(text)["messages"]]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        json.dumps(messages, ensure_ascii=False).encode()                   # a lone surrogate is no text
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         fail(f'--prompt {path}: expected {{"messages": [{{"role": ..., "content": ...}}, ...]}}')
     if not any(m["content"] for m in messages):
         fail(f"--prompt {path}: its messages are empty")
@@ -244,6 +246,8 @@ def prompt_ids(tokenizer, messages, layout, limit):
         ids = text_ids(tokenizer, messages[0]["content"])
     else:
         ids = chat_ids(tokenizer, messages, generate=False)
+    if not ids:
+        fail("--prompt: this model has no token for any of its characters; give a prompt of plain text")
     if len(ids) > limit - 64:
         fail(f"--prompt: expected at most {limit - 64} tokens (the model's context of {limit} less 64 for a question), found {len(ids)}; shorten the prompt")
     return ids

@@ -58,10 +58,11 @@ def settings():
 
 
 # --- shared: fail --------------------------------------------------------
-def fail(message):
+def fail(message, code=2):
     """A user's mistake: one line on stderr that says what was expected, what came and what to do; exit code 2."""
+    message = " ".join("".join(c if c.isprintable() else " " for c in message).split())          # names out of files are in it
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def number(kind, low, high=math.inf):
@@ -108,7 +109,7 @@ def embed(model, ids, learned):
 # --- end shared ----------------------------------------------------------
 
 
-# --- shared: load_artifact ----------------------------------------------
+# --- shared: load_artifact -----------------------------------------------
 def fingerprint(model):
     """sha256 over the names, shapes and bf16 bits of all weights: the same for a model opened in bf16 or in fp32."""
     h = hashlib.sha256()
@@ -119,25 +120,30 @@ def fingerprint(model):
 
 
 def load_artifact(path, kind, model_print, d, maker, strict=True):
-    """The artifact at `path`, checked: its kind ("ae" or "be"), model and size. Exits with one line, naming `maker`, the command that makes
-    the right one; strict=False returns None for another model's artifact; model_print None takes any model's."""
+    """The artifact at `path`, whole, of this kind ("ae" or "be"), for this model. Exits with one line that names `maker`, the command that makes the
+    right one; strict=False returns None for another model's artifact; model_print None takes any model's."""
+    a = None
     try:
-        a = torch.load(path, map_location="cpu", weights_only=True)
+        data = Path(path).read_bytes()
+        if data[-64:] == hashlib.sha256(data[:-64]).hexdigest().encode():                           # else it is not even opened
+            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            v, m, p = found["vector"], found["model"], found.get("prompt")
+            if (v.dtype == torch.float32 and v.dim() == 2 and len(v) and v.shape[1] == m["d"] and v.is_contiguous() and v.isfinite().all()
+                    and {"name", "fingerprint"} <= set(m) and found["layout"] in ("chat", "block")
+                    and (found["kind"] == "ae" or found["kind"] == "be" and found["stage"] in ("recon", "kd") and p["tokens"] and all(isinstance(x["role"] + x["content"], str) for x in p["messages"]))):
+                a = found
     except FileNotFoundError:
         fail(f"{path}: not there; make it with: {maker}")
-    except Exception as e:      # torch.load raises many types on a damaged file; each means the same here
-        fail(f"{path}: not a readable artifact ({type(e).__name__}: truncated, or another kind of file); make it again with: {maker}")
-    if not isinstance(a, dict) or a.get("kind") != kind:
-        fail(f"{path}: expected an artifact of kind '{kind}', found {a.get('kind', 'none') if isinstance(a, dict) else type(a).__name__!r}; make one with: {maker}")
-    v, m = a.get("vector"), a.get("model")
-    if not isinstance(m, dict) or a.get("layout") not in ("chat", "block") or (kind == "be" and not {"stage", "prompt"} <= set(a)):
-        fail(f"{path}: an artifact that lacks its model, layout, stage or prompt; make it again with: {maker}")
-    if model_print and m.get("fingerprint") != model_print:
+    except Exception:           # a file of other content raises many types, in torch.load and here; each means the same
+        pass
+    if a is None:
+        fail(f"{path}: not a whole artifact (truncated, changed, or another kind of file); make it again with: {maker}")
+    if a["kind"] != kind:
+        fail(f"{path}: expected an artifact of kind '{kind}', found '{a['kind']}'; make one with: {maker}")
+    if model_print and (a["model"]["fingerprint"], a["model"]["d"]) != (model_print, d):
         if not strict:
             return None
-        fail(f"{path}: its vector belongs to another model ({m.get('name')}, d = {m.get('d')}), not to this one (d = {d}); make one with: {maker}")
-    if not torch.is_tensor(v) or v.dim() != 2 or v.shape[1] != m.get("d") or not v.isfinite().all():
-        fail(f"{path}: expected a finite vector of shape (k, {m.get('d')}), found {tuple(v.shape) if torch.is_tensor(v) else type(v).__name__}; make one with: {maker}")
+        fail(f"{path}: its vector belongs to another model ({a['model']['name']}, d = {a['model']['d']}), not to this one (d = {d}); make one with: {maker}")
     return a
 # --- end shared ----------------------------------------------------------
 

@@ -482,10 +482,12 @@ def main():
                 "model": {"name": args.model, "revision": getattr(model.config, "_commit_hash", None), "fingerprint": before, "d": d},
                 "metrics": {"held_out_loss": best["loss"], "held_out_right": best.get("right"), "n": sum(map(len, held.values()))},
                 "last": ae.detach().cpu(), "optimizer": optimizer.state_dict(), "versions": {"nanobe": VERSION, "torch": str(torch.__version__), "transformers": transformers.__version__}})
+        if halt:
+            bar.close()
+            barrier()                                                                                # torchrun ends the others as soon as one process leaves: not before rank 0 has saved
         if bad == 3:
             fail(f"steps {step - 2} to {step}: the loss or its gradient was not finite three times in a row; the last good vector is in {args.out}; start anew with a --lr below {args.lr}", code=1)
         if halt:
-            bar.close()
             print(f"stopped after step {step + 1}; go on with --resume")
             sys.exit(128 + (asked or [signal.SIGTERM])[0])
         bar.set_postfix(held_out=f"{best['loss']:.3f}")

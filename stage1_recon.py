@@ -486,6 +486,7 @@ def main():
                 "metrics": {"recon": best["loss"], "right": best["right"], "n": m}, "history": history, "skipped": skipped, "best": best, "last": be.detach().cpu(), "ae": ae.cpu(),
                 "optimizer": optimizer.state_dict(), "versions": {"nanobe": VERSION, "torch": str(torch.__version__), "transformers": transformers.__version__}})
         if bad == 3:
+            bar.close()
             fail(f"steps {step - 2} to {step}: the loss or its gradient was not finite three times in a row; the last good vector is in {args.out}; start anew with a --lr below {args.lr}", code=1)
         if asked and not done:
             bar.close()

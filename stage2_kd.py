@@ -651,24 +651,30 @@ def main():
     table = model.get_input_embeddings().weight.detach().float().cpu()                              # (V, d)
     for t in tasks:
         t.layout, t.start = args.layout or "chat", table.mean(0) + table.std(0) * torch.randn(args.k or 1, d, generator=torch.Generator().manual_seed(args.seed))
-        source = t.out if args.resume else t.be_path
-        maker = f"python stage1_recon.py --prompt {t.path} --model {args.model} --out {source}"
-        if args.resume or args.init == "be":
+        maker = f"python stage1_recon.py --prompt {t.path} --model {args.model} --out {t.out if args.resume else t.be_path}"
+        t.resume = args.resume and (len(tasks) == 1 or Path(t.out).exists() and load_artifact(t.out, "be", before, d, maker)["stage"] == "kd")
+        source = t.out if t.resume else t.be_path
+        if args.resume and not t.resume:                                                             # killed between the first saves of two prompts
+            print(f"--resume: {t.out} holds no run yet, so it begins now")
+        if t.resume or args.init == "be":
             t.saved = load_artifact(source, "be", before, d, maker)
             if t.saved["prompt"]["messages"] != t.messages:
                 fail(f"{source}: its vector was made for another prompt than {t.path}; make one with: {maker}")
-            if args.resume and t.saved["stage"] != "kd":
+            if t.resume and t.saved["stage"] != "kd":
                 fail(f"--resume: {source} comes from stage 1, so there is no run of stage 2 to go on with; run without --resume")
-            again = t.saved["stage"] == "kd" and source == t.out                                     # a second run over its own output starts where the first one did
+            again = t.saved["stage"] == "kd" and source == t.out and args.steps > 0                  # a second run over its own output starts where the first one did
             t.layout, t.start = t.saved["layout"], t.saved["start" if again else "vector"]
             if args.k not in (0, len(t.start)) or args.layout not in ("", t.layout):
                 fail(f"--k, --layout: {source} has k = {len(t.start)}, layout {t.layout}; another k or layout needs a new stage 1, or --init random")
         t.k = len(t.start)
         t.config = vars(args) | {"prompt": t.path, "out": t.out, "be": t.be_path, "k": t.k, "layout": t.layout}
-        if args.resume:
+        if t.resume:
             check_resume(t.out, t.saved, t.config)
         t.s = prompt_ids(tokenizer, t.messages, t.layout, model.config.max_position_embeddings)
         t.prompt = {"sha256": hashlib.sha256(json.dumps(t.messages).encode()).hexdigest(), "messages": t.messages, "tokens": len(t.s)}
+
+    if args.resume and not any(t.resume for t in tasks):
+        fail(f"--resume: none of {', '.join(t.out for t in tasks)} holds a run of stage 2 to go on with; run without --resume")
 
     # the data
     for t in tasks:
@@ -690,7 +696,7 @@ def main():
         t.optimizer = torch.optim.AdamW([t.be], weight_decay=0)
         t.step, t.history, t.skipped, t.best = 0, [], 0, {"kl": math.inf, "step": 0, "vector": t.start}
         t.inputs = hashlib.sha256(json.dumps([t.rows, t.answers, ae.tolist()]).encode()).hexdigest()      # what a resumed run must find again
-        if args.resume:
+        if t.resume:
             if t.saved["inputs"] != t.inputs:
                 fail(f"--resume: the queries, the [AE] or the template have changed since {t.out} began; put them back, or run without --resume to start anew")
             t.step, t.best, t.history, t.skipped = t.saved["step"], t.saved["best"], t.saved["history"], t.saved["skipped"]
@@ -725,7 +731,7 @@ def main():
             per_epoch = len(t.train) // args.batch                                                   # the order depends on seed and step alone: a resumed run sees the same
             order = random.Random(f"{args.seed} {step // per_epoch}").sample(t.train, len(t.train))
             part = order[step % per_epoch * args.batch:][:args.batch]
-            t.kd, t.tokens = 0.0, sum(len(t.answers[i]) for i in part)
+            t.kd, t.recon, t.tokens = 0.0, 0.0, sum(len(t.answers[i]) for i in part)
             batch += [(t, i) for i in part]
         batch.sort(key=lambda x: len(x[0].rows[x[1]]) + len(x[0].answers[x[1]]))                     # like lengths together, then every world-th to each rank
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and dtype == torch.bfloat16)
@@ -741,27 +747,27 @@ def main():
             (args.lam * sum(shares)).backward()
             for (t, _), share in zip(micro, shares):
                 t.kd += share.item()
-        if args.lam < 1 and step % args.recon_every == 0:
-            for t in active[rank::world]:
-                with autocast:
-                    hidden = body(inputs_embeds=embed(model, t.recon_ids, torch.cat([learned, ae])), use_cache=False).last_hidden_state[0, -len(t.s):]
-                    recon = token_loss(hidden, weight, torch.tensor(t.s, device=device)).mean()
-                ((1 - args.lam) * args.recon_every * recon).backward()
-                t.history.append({"step": step, "L_recon": recon.item()})
+        with_recon = args.lam < 1 and step % args.recon_every == 0
+        for t in active[rank::world] if with_recon else []:
+            with autocast:
+                hidden = body(inputs_embeds=embed(model, t.recon_ids, torch.cat([learned, ae])), use_cache=False).last_hidden_state[0, -len(t.s):]
+                recon = token_loss(hidden, weight, torch.tensor(t.s, device=device)).mean()
+            ((1 - args.lam) * args.recon_every * recon).backward()
+            t.recon = recon.item()
         grad = learned.grad if learned.grad is not None else torch.zeros_like(learned)
-        sums = torch.tensor([*(t.kd for t in active), bool(asked)], device=device)
+        sums = torch.tensor([*(t.kd for t in active), *(t.recon for t in active), bool(asked)], device=device)
         if world > 1:
             torch.distributed.all_reduce(grad)
             torch.distributed.all_reduce(sums)
         finite = bool(sums.isfinite().all() and grad.isfinite().all())
         bad = 0 if finite else bad + 1
-        for t, kd in zip(active, sums.tolist()):
+        for t, kd, recon in zip(active, sums.tolist(), sums[len(active):].tolist()):
             t.optimizer.param_groups[0]["lr"] = lr
             t.be.grad = grad[t.offset:t.offset + t.k]
             if finite:
                 t.optimizer.step()
-            t.step, t.skipped = step + 1, t.skipped + (not finite)
-            t.history.append({"step": step, "L_KD": kd})
+            t.kd, t.step, t.skipped = kd, step + 1, t.skipped + (not finite)
+            t.history += [{"step": step, "L_recon": recon}] * with_recon + [{"step": step, "L_KD": kd}]
         if not finite:
             tqdm.write(f"step {step}: the loss or its gradient is not finite; skipped")
 
@@ -773,10 +779,12 @@ def main():
                 if kl / tokens < t.best["kl"]:
                     t.best = {"kl": kl / tokens, "step": step + 1, "vector": t.be.detach().cpu().clone()}
             save(t)
+        if halt:
+            bar.close()
+            barrier()                                                                                # torchrun ends the others as soon as one process leaves: not before rank 0 has saved
         if bad == 3:
             fail(f"steps {step - 2} to {step}: the loss or its gradient was not finite three times in a row; the last good vector is in {tasks[0].out}; start anew with a --lr below {args.lr}", code=1)
         if halt:
-            bar.close()
             print(f"stopped after step {step + 1}; go on with --resume")
             sys.exit(128 + (asked or [signal.SIGTERM])[0])
         gaps = [1 - t.best["kl"] * t.base[2].item() / t.base[0].item() for t in tasks if t.best["step"]]
