@@ -68,6 +68,7 @@ def settings():
     add("--seed",          default=0,    type=int,                 help="of start vectors and the order of queries")
     add("--device",        default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: CUDA, then MPS, then CPU")
     add("--dtype",         default="auto", choices=["auto", "bf16", "fp32"],       help="of the frozen weights")
+    add("--trust-remote-code", action="store_true", help="run the model code that a hub repository ships; off: none but that of transformers")
     add("--memory-of",     default="", choices=["", "chunks", "full"], help="item 3's own child process: one step of this kind, its memory on the last line")
     p.error = lambda message: fail(f"{message}; see --help")
     return p.parse_args()
@@ -119,14 +120,14 @@ def pick_device(device, dtype):
 
 
 # --- shared: load_frozen -------------------------------------------------
-def load_frozen(name, device, dtype, attention):
-    """The frozen chat model and its tokenizer. name: hub name or folder. Exits with one line if there is no such model or it is no chat model."""
+def load_frozen(name, device, dtype, attention, trust=False):
+    """The frozen chat model and its tokenizer. name: hub name or folder; trust: run the code that it ships. Exits with one line if there is no such model or it is no chat model."""
     if name == "models/smollm2-135m" and not Path(name, "config.json").exists():
         fail(f"the default model is not at {name} yet; fetch it once with: python models/prepare.py")
     try:
         transformers.utils.logging.disable_progress_bar()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention, trust_remote_code=trust)
     except (OSError, ValueError, ImportError, safetensors.SafetensorError) as e:
         fail(f"--model {name}: expected a hub name or a folder with a Llama or Qwen chat model; transformers says: {str(e).strip().splitlines()[0]}")
     if not tokenizer.chat_template:
@@ -886,7 +887,7 @@ def context(args, folder):
 
     @functools.cache
     def load():
-        model, tokenizer = load_frozen(args.model, device, dtype, attention)
+        model, tokenizer = load_frozen(args.model, device, dtype, attention, args.trust_remote_code)
         ends = model.generation_config.eos_token_id
         c.stop = torch.tensor(ends if isinstance(ends, list) else [ends if ends is not None else tokenizer.eos_token_id])
         return model, tokenizer

@@ -63,6 +63,7 @@ def settings():
     add("--out",            default="out/gsm8k.jsonl", help="a row an answer; the table goes beside it, as .json")
     add("--device",         default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: CUDA, then MPS, then CPU")
     add("--dtype",          default="auto", choices=["auto", "bf16", "fp32"],       help="of the frozen weights")
+    add("--trust-remote-code", action="store_true", help="run the model code that a hub repository ships; off: none but that of transformers")
     p.error = lambda message: fail(f"{message}; see --help")
     return p.parse_args()
 
@@ -113,14 +114,14 @@ def pick_device(device, dtype):
 
 
 # --- shared: load_frozen -------------------------------------------------
-def load_frozen(name, device, dtype, attention):
-    """The frozen chat model and its tokenizer. name: hub name or folder. Exits with one line if there is no such model or it is no chat model."""
+def load_frozen(name, device, dtype, attention, trust=False):
+    """The frozen chat model and its tokenizer. name: hub name or folder; trust: run the code that it ships. Exits with one line if there is no such model or it is no chat model."""
     if name == "models/smollm2-135m" and not Path(name, "config.json").exists():
         fail(f"the default model is not at {name} yet; fetch it once with: python models/prepare.py")
     try:
         transformers.utils.logging.disable_progress_bar()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention, trust_remote_code=trust)
     except (OSError, ValueError, ImportError, safetensors.SafetensorError) as e:
         fail(f"--model {name}: expected a hub name or a folder with a Llama or Qwen chat model; transformers says: {str(e).strip().splitlines()[0]}")
     if not tokenizer.chat_template:
@@ -426,7 +427,7 @@ def main():
     artifacts = {path: load_artifact(path, "be", None, None, maker) for path in args.be}
     source = args.model or (next(iter(artifacts.values()))["model"]["name"] if artifacts else "models/smollm2-135m")
     device, dtype, attention = pick_device(args.device, args.dtype)
-    model, tokenizer = load_frozen(source, device, dtype, attention)
+    model, tokenizer = load_frozen(source, device, dtype, attention, args.trust_remote_code)
     before, d = fingerprint(model), model.get_input_embeddings().weight.shape[1]
     for path in artifacts:
         load_artifact(path, "be", before, d, maker)                                                  # now that the model is known

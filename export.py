@@ -49,6 +49,7 @@ def settings():
     add("--names",          default=None, nargs="+",  help="a name for each artifact, of a-z 0-9 _ -. Default: the file name of its prompt")
     add("--model",          default="",               help="hub name or folder; default: the one that the artifact names")
     add("--dtype",          default="base", choices=["base", "bf16", "fp32"], help="of the written weights; base: as the model's folder has them")
+    add("--trust-remote-code", action="store_true", help="run the model code that a hub repository ships; off: none but that of transformers")
     add("--text",           default=None, nargs="+",  help="text files over which the tokens' probability is measured. Default: the reference pages that come with Python")
     add("--pieces",         type=number(int, 1), default=32,       help="how many pieces of 120 words to measure it on; half as many others make u")
     add("--bound",          type=number(float, 0, 1), default=1e-3, help="a larger probability of a learned token, anywhere in that text, is an error")
@@ -78,14 +79,14 @@ def number(kind, low, high=math.inf):
 
 
 # --- shared: load_frozen -------------------------------------------------
-def load_frozen(name, device, dtype, attention):
-    """The frozen chat model and its tokenizer. name: hub name or folder. Exits with one line if there is no such model or it is no chat model."""
+def load_frozen(name, device, dtype, attention, trust=False):
+    """The frozen chat model and its tokenizer. name: hub name or folder; trust: run the code that it ships. Exits with one line if there is no such model or it is no chat model."""
     if name == "models/smollm2-135m" and not Path(name, "config.json").exists():
         fail(f"the default model is not at {name} yet; fetch it once with: python models/prepare.py")
     try:
         transformers.utils.logging.disable_progress_bar()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention, trust_remote_code=trust)
     except (OSError, ValueError, ImportError, safetensors.SafetensorError) as e:
         fail(f"--model {name}: expected a hub name or a folder with a Llama or Qwen chat model; transformers says: {str(e).strip().splitlines()[0]}")
     if not tokenizer.chat_template:
@@ -292,7 +293,7 @@ def main():
 
     if out.exists() and not (out / "nanobe.json").exists():
         fail(f"--overwrite: {out} is no export of this script (it has no nanobe.json), so it stays; give another name")
-    model, tokenizer = load_frozen(args.model or artifacts[0]["model"]["name"], torch.device("cpu"), "auto", "sdpa")
+    model, tokenizer = load_frozen(args.model or artifacts[0]["model"]["name"], torch.device("cpu"), "auto", "sdpa", args.trust_remote_code)
     for path in args.be:
         load_artifact(path, "be", fingerprint(model), model.get_input_embeddings().weight.shape[1], maker)      # now that the model is known
     stored = model.dtype

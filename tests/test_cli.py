@@ -477,6 +477,19 @@ def test_bad_input_is_one_line_and_exit_code_2(case, scripts, checkpoints, prepa
     assert (work / "out/be.pt").read_bytes() == (prepared / "be.pt").read_bytes() and not list(work.glob("out/*.tmp"))
 
 
+@pytest.mark.parametrize("trust", [False, True])
+def test_code_that_a_model_ships_runs_only_if_it_is_trusted(trust, scripts, checkpoints, prepared, work, command, monkeypatch):
+    folder = shutil.copytree(checkpoints["smol"], work / "shipped")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(work / 'ran')!r}, 'w').close()\nimport transformers\nclass OwnConfig(transformers.LlamaConfig):\n    model_type = 'own'\n"
+                                   "class Own(transformers.LlamaForCausalLM):\n    config_class = OwnConfig\n")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(work / "modules"))
+    r = command(scripts.recon, "--model", folder, *TINY, "--prompt", "p.txt", "--steps", 1, "--ae", prepared / "ae.pt", *["--trust-remote-code"] * trust)
+    assert (work / "ran").exists() == trust
+    assert trust or r.code == 2 and len(said(r.err)) == 1 and "shipped" in r.err
+
+
 @pytest.mark.parametrize("arguments", [["--promt", "p.txt"], ["--steps", "ten"], ["--layout", "inline"], ["--init", "zero"]])
 def test_an_unknown_or_ill_typed_option_is_an_error(arguments, scripts, work, command):
     r = command(scripts.kd, "--prompt", "p.txt", *arguments)
