@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import copy
 import datetime
-import functools
 import glob
 import hashlib
 import importlib.util
@@ -622,11 +621,10 @@ def make_examples(args, t, model, tokenizer, model_print, stop, rank):
         full = [chat_ids(tokenizer, t.messages + c) for c in chats]
         if (longest := max(map(len, full))) > room:
             fail(f"{t.path}: expected prompt and query to take at most {room} tokens (the model's context less --answer-tokens), found {longest}; shorten them, or --answer-tokens")
-        answer = functools.partial(teacher, model, full, stop, args.answer_tokens, args.temperature, args.seed, model_print, Path(t.out).parent)
-        if rank == 0:
-            answer()
-        barrier()
-        answers, hidden = answer()
+        for turn_of_rank in (rank == 0, rank > 0):                                                   # rank 0 asks, the others read its file
+            if turn_of_rank:
+                answers, hidden = teacher(model, full, stop, args.answer_tokens, args.temperature, args.seed, model_print, Path(t.out).parent)
+            barrier()
         t.turns, t.full, t.answers, t.teacher_hidden = t.turns + chats, t.full + full, t.answers + answers, t.teacher_hidden + hidden
     t.rows = [layout_ids(tokenizer, t.layout, [-1 - i for i in range(t.k)], c) for c in t.turns]
     t.none = [layout_ids(tokenizer, t.layout, [], c) for c in t.turns]                               # no prompt: the same words around an empty slot
