@@ -689,7 +689,7 @@ def memory(c):
                                                                 *["--quick"] * c.args.quick]) if text.startswith('{"before"')][-1])
     found = {name: [x for _, x in v] for name, v in alternate(c.device, {"chunks": child("chunks"), "full logits": child("full")}, c.args.repeats, warm=0).items()}
     more = {"batch": c.args.batch, "answer_tokens": found["chunks"][0]["answer_tokens"]}
-    return [pair("memory of a training step", "bytes", {name: [x["peak"] - x["before"] for x in v] for name, v in found.items()}, "low") | more,
+    return [pair("memory of a training step", "bytes", {name: [max(4096, x["peak"] - x["before"]) for x in v] for name, v in found.items()}, "low") | more,
             pair("peak memory of the process", "bytes", {name: [x["peak"] for x in v] for name, v in found.items()}, "low") | more
             | {"peak_before_the_step": max(x["peak_before"] for v in found.values() for x in v)}]
 
