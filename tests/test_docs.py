@@ -8,7 +8,7 @@ from conftest import ROOT
 
 PAGES = {p.name: p.read_text(encoding="utf-8") for p in sorted(ROOT.glob("*.md"))}
 SCRIPTS = {str(p.relative_to(ROOT)): p.read_text(encoding="utf-8") for pattern in ("*.py", "data/*/*.py", "models/*.py", "results/*.py") for p in sorted(ROOT.glob(pattern))}
-OWN = re.compile(r"^(out/|\.venv/|[a-z]\d?\.)")                              # what a reader has or makes: out/be.pt, p.txt, q.jsonl
+OWN = re.compile(r"^(out/|data/\w+/[^/]*\.jsonl|\.venv/|be\.json|[a-z]\d?\.)")       # what a reader has or makes: out/be.pt, p.txt, q.jsonl
 HOUSE = [".github/workflows/ci.yml", ".pre-commit-config.yaml", "ruff.toml", "CITATION.cff", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"]
 
 
@@ -77,7 +77,7 @@ def test_commands_use_options_that_the_script_has(where):
                 flag = "store_true" in known[option]
                 many = 'nargs="*"' in known[option]                            # an option that may stand without a value
                 assert many or flag == (not following or following.startswith("--") and " " not in following), f"{where}: {script} {option} {following!r}"
-                if choices := re.search(r"choices=\[([^\]]+)\]", known[option]):
+                if choices := re.search(r"choices=\[(\"[^\]]+)\]", known[option]):
                     assert following in re.findall(r'"([^"]*)"', choices[1]), f"{where}: {script} {option} {following!r}"
 
 
