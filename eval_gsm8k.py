@@ -32,6 +32,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -509,4 +510,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))     # the rows that were written stay
+    try:
+        main()
+    except OSError as e:
+        fail(f"{e.filename or 'the output'}: could not be read or written ({e.strerror}); the rows so far are kept, and the same command goes on from there")

@@ -30,6 +30,7 @@ import os
 import re
 import shlex
 import subprocess
+import signal
 import sys
 import time
 import urllib.error
@@ -596,4 +597,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))     # the rows that were written stay
+    try:
+        main()
+    except OSError as e:
+        fail(f"{e.filename or 'the output'}: could not be read or written ({e.strerror}); the rows so far are kept, and the same command goes on from there")

@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import io
 import math
+import signal
 import sys
 import time
 from pathlib import Path
@@ -306,4 +307,5 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda number, frame: sys.exit(128 + number))
     main()

@@ -443,6 +443,7 @@ def read_queries(path):
     return list(dict.fromkeys(q for q in queries if q))
 
 
+# --- shared: generate ----------------------------------------------------
 @torch.no_grad()
 def generate(model, rows, stop, limit, temperature=0.0, seed=0, skip=()):
     """Continue rows of token ids, which may share a long beginning: the prompt. Yields (row number, answer ids with the stop token, hidden (T, d)), batch by batch.
@@ -487,6 +488,7 @@ def generate(model, rows, stop, limit, temperature=0.0, seed=0, skip=()):
         for row, i in enumerate(part):
             length = int(ended[row].float().argmax()) + 1 if ended[row].any() else said.shape[1]
             yield i, said[row, :length].tolist(), hidden[row, :length]
+# --- end shared ----------------------------------------------------------
 
 
 def teacher(model, rows, stop, limit, temperature, seed, model_print, folder):
@@ -538,6 +540,7 @@ def self_queries(model, tokenizer, messages, stop, count, seed):
     return list(found.values())[:count]
 
 
+# --- shared: answer_hidden -----------------------------------------------
 def answer_hidden(model, rows, answers, learned):
     """The last hidden states that predict the answers' tokens. rows: lists of ids with slots; learned (n, d) -> (sum of T, d).
 
@@ -548,8 +551,10 @@ def answer_hidden(model, rows, answers, learned):
     ids = torch.tensor([r + [0] * (width - len(r)) for r in full], device=model.device)             # (B, w)
     hidden = model.get_decoder()(inputs_embeds=embed(model, ids, learned), use_cache=False).last_hidden_state                # (B, w, d)
     return torch.cat([h[len(r) - 1:len(r) - 1 + len(a)] for h, r, a in zip(hidden, rows, answers)])
+# --- end shared ----------------------------------------------------------
 
 
+# --- shared: evaluate ----------------------------------------------------
 @torch.no_grad()
 def evaluate(model, rows, answers, hidden, learned):
     """Against the teacher, at tau 1 -> (Q, 3): for each query the sum over its answer tokens of KL in nats, the tokens with the same top-1, the tokens."""
@@ -562,6 +567,7 @@ def evaluate(model, rows, answers, hidden, learned):
             logp, logq = (torch.log_softmax((x.to(weight) @ weight.T).float(), -1) for x in (s, t)) # (T, V)
             scores.append([(logq.exp() * (logq - logp)).sum().item(), (logp.argmax(-1) == logq.argmax(-1)).sum().item(), len(s)])
     return torch.tensor(scores)
+# --- end shared ----------------------------------------------------------
 
 
 def compare(scores, inputs):
