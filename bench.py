@@ -538,7 +538,7 @@ def cut(messages, pieces):
 
 def machine(device, dtype, attention):
     cpu = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M) if Path("/proc/cpuinfo").exists() else None
-    return {"cpu": cpu[1] if cpu else platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.platform(),
+    return {"cpu": cpu[1] if cpu else platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": f"{platform.system()} {platform.machine()}",
             "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type, "dtype": str(dtype)[6:], "attention": attention,
             "python": platform.python_version(), "torch": str(torch.__version__), "transformers": transformers.__version__}
 
