@@ -597,8 +597,8 @@ def main():
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))     # the rows that were written stay
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, lambda stop, frame: sys.exit(128 + stop))           # the rows that were written stay
     try:
         main()
     except OSError as e:
