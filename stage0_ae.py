@@ -381,7 +381,9 @@ def plot(path, history, title):
     try:
         fig.savefig(path, dpi=100, bbox_inches="tight")
     except OSError as e:
-        print(f"{path}: the plot could not be written ({e.strerror})")
+        print(f"{Path(sys.argv[0]).name}: {path} could not be drawn ({e.strerror}); all else is well", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            os.remove(path)
     pyplot.close(fig)
 # --- end shared ----------------------------------------------------------
 
@@ -498,7 +500,6 @@ def main():
         return
 
     # what the trigger is worth, against a random vector and none
-    plot(Path(args.out).with_suffix(".png"), history, "[AE]: copy loss")
     vectors = {"[AE]": best["vector"].to(device), "random": noise.to(device), "none": None}
     report = {}
     for n, ids in held.items():
@@ -508,6 +509,7 @@ def main():
             print(f"{n:4d} tokens, {name:7s} n = {len(ids):3d}   loss {loss:.4f}   right with the true past given {right:7.2%}   given back by greedy decoding {back:7.2%}", flush=True)
     if (artifact or saved).get("report") != report:
         save_artifact(args.out, (artifact or saved) | {"report": report})
+    plot(Path(args.out).with_suffix(".png"), history, "[AE]: copy loss")
     assert fingerprint(model) == before, "the frozen model has changed"
     print(f"wrote {args.out}: {d} trained numbers; every weight of the model is as it was\nnext: python stage1_recon.py --model {args.model} --ae {args.out} --prompt prompts/pirate.txt")
 

@@ -395,7 +395,9 @@ def plot(path, history, title):
     try:
         fig.savefig(path, dpi=100, bbox_inches="tight")
     except OSError as e:
-        print(f"{path}: the plot could not be written ({e.strerror})")
+        print(f"{Path(sys.argv[0]).name}: {path} could not be drawn ({e.strerror}); all else is well", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            os.remove(path)
     pyplot.close(fig)
 # --- end shared ----------------------------------------------------------
 
