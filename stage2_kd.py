@@ -235,14 +235,11 @@ def load_artifact(path, kind, model_print, d, maker, strict=True):
 
 
 # --- shared: save_artifact -----------------------------------------------
-def save_artifact(path, artifact):
-    """Written beside its place and renamed: a run killed here, or a full disk, leaves the old file whole. The zip file that torch writes ends in a comment: its own sha256."""
-    data = io.BytesIO()
-    torch.save(artifact, data)
-    data = data.getvalue()[:-2] + (64).to_bytes(2, "little")                # the comment's length, which was 0
+def write(path, data):
+    """Written beside its place and renamed: a run killed here, or a full disk, leaves the old file whole. data: bytes."""
     try:
         with open(f"{path}.tmp", "wb") as f:
-            f.write(data + hashlib.sha256(data).hexdigest().encode())
+            f.write(data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(f"{path}.tmp", path)
@@ -250,6 +247,14 @@ def save_artifact(path, artifact):
         with contextlib.suppress(OSError):
             os.remove(f"{path}.tmp")
         fail(f"{path}: could not be written ({e.strerror}); what was there before is still whole. Make room and run again with --resume")
+
+
+def save_artifact(path, artifact):
+    """The zip file that torch writes ends in a comment: its own sha256."""
+    data = io.BytesIO()
+    torch.save(artifact, data)
+    data = data.getvalue()[:-2] + (64).to_bytes(2, "little")                # the comment's length, which was 0
+    write(path, data + hashlib.sha256(data).hexdigest().encode())
 
 
 def check_resume(path, saved, config):
@@ -262,7 +267,7 @@ def check_resume(path, saved, config):
 # --- end shared ----------------------------------------------------------
 
 
-# --- shared: run ---------------------------------------------------------
+# --- shared: ranks -------------------------------------------------------
 def ranks():
     """Under torchrun: this process's rank and their number; else 0, 1. Ranks above 0 compute and keep quiet."""
     if "RANK" not in os.environ:
@@ -279,8 +284,10 @@ def barrier():
     """Wait for the other ranks, if there are any."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+# --- end shared ----------------------------------------------------------
 
 
+# --- shared: run ---------------------------------------------------------
 def claim(path):
     """The lock of an output -> to be kept for as long as the run goes. A second run on the same output is told and stops; the lock goes with the process."""
     try:
@@ -415,13 +422,9 @@ def plot(path, history, title):
         ax.plot(*zip(*[(row["step"], row[name]) for row in history if name in row]), label=name)
     ax.set(xlabel="step", ylabel="nats a token", title=title)
     ax.legend()
-    try:
-        fig.savefig(path, dpi=100, bbox_inches="tight")
-    except OSError as e:
-        print(f"{Path(sys.argv[0]).name}: {path} could not be drawn ({e.strerror}); all else is well", file=sys.stderr)
-        with contextlib.suppress(OSError):
-            os.remove(path)
-    pyplot.close(fig)
+    image = io.BytesIO()
+    fig.savefig(image, dpi=100, bbox_inches="tight")
+    write(path, image.getvalue())
 # --- end shared ----------------------------------------------------------
 
 
