@@ -308,9 +308,9 @@ def digest(*parts):
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def train(args, role, path):
-    """A role's [BE] at `path`, by the stage scripts' own command lines; what is done is skipped, what was begun is resumed."""
-    base = path.with_suffix("")
+def train(args, role):
+    """A role's [BE] at its path, by the stage scripts' own command lines; what is done is skipped, what was begun is resumed."""
+    path, base = role["path"], role["path"].with_suffix("")
     common = ["--prompt", f"{base}.txt", "--model", args.model, "--seed", str(args.seed)]
     stages = {f"{base}.recon.pt": ["stage1_recon.py", *common, "--out", f"{base}.recon.pt", *args.stage1],
               f"{base}.pt": ["stage2_kd.py", *common, "--be", f"{base}.recon.pt", "--out", f"{base}.pt", *args.stage2]}
@@ -523,7 +523,7 @@ def main():
     for name, role in roles.items():
         role |= {"prompt": TEMPLATE.format(role=name, description=role["description"]), "path": folder / f"{name.replace(' ', '_')}.pt"}
         if not args.artifacts:
-            train(args, role, role["path"])                                                         # stage 2 measures KL on all of the test questions
+            train(args, role)                                                   # stage 2 measures KL on all of the test questions
         role["test"] = role["test"][:args.num_questions]
 
     device, dtype, attention = pick_device(args.device, args.dtype)
@@ -585,9 +585,8 @@ def main():
         rows.append(r)
     means = summarize(rows)
     decoding = f"temperature {args.temperature}, top-p {args.top_p}, seed {args.seed}" if sampling else "greedy"
-    notes = [f"{args.model}; {decoding}, {args.max_new_tokens} new tokens. ROUGE-L F, without a stemmer, the best of a question's references; *~ full*: against the full "
-             "prompt's answer; *none*: the template's words around an empty slot. KL and gap closed: stage 2's own table, in the artifact. Means over roles, with a 95% "
-             "bootstrap interval over roles."]
+    notes = [f"{args.model}; {decoding}, {args.max_new_tokens} new tokens. ROUGE-L F, without a stemmer, the best of a question's references; *~ full*: against the full prompt's answer; "
+             "*none*: the template's words around an empty slot. KL and gap closed: stage 2's own table. Means over roles, with a 95% bootstrap interval over roles."]
     if verdicts:
         notes += ["", f"Judge {args.judge_model}: [BE] against the full prompt, each pair in both orders; win rate = (W + T / 2) / (W + T + L); equal answers are a tie; "
                       "pairs without two clear verdicts are counted apart."]
