@@ -7,19 +7,13 @@
     python eval_gsm8k.py --be out/k1.pt out/k4.pt --n 250 --batch 32                 # any number of artifacts side by side, the first 250 questions
     python eval_gsm8k.py --be --model Qwen/Qwen2.5-1.5B-Instruct --split train       # no artifact: the prompt against none
 
-What each condition is fed; q is the question in the words of WORDING, the same in all of them:
-    full prompt   the dialogue of --prompt, then q, in the model's own template
-    NAME          [BE] of NAME.pt, then q, in the layout that stands in the artifact
-    no prompt     q alone in the same template, as a user without the prompt sends it: the full prompt's input with the dialogue left out.
-                  A default system prompt that the template adds by itself stands in both; --bare adds a condition without it, the block left out.
-
-Each answer is a row of --out. All conditions answer a batch of questions before the next batch begins, and a killed run goes on when the same command
-runs again; the same command with a smaller --n prints the table of what is there. A row counts only if its key fits: a hash of the model's weights, the
-ids that were fed (prompt, layout, wording, question), the vector, --max-new-tokens, the stop tokens and the dtype. Rows of other runs may stand in the
-same file. The seconds of a row are those of its batch divided by the batch's rows; the shared prefix runs once a condition and is not in them.
+full prompt   the dialogue of --prompt, then the question, in the model's own template
+NAME          [BE] of NAME.pt, then the question, in the layout that stands in the artifact
+no prompt     the full prompt's input with the dialogue left out; a default system prompt that the template adds by itself stands in both
 
 Reads   data/gsm8k/test.jsonl ("question", "answer" with #### gold), the prompt, the artifacts.
-Writes  out/gsm8k.jsonl, a row an answer, and the table beside it as out/gsm8k.json.
+Writes  out/gsm8k.jsonl, a row an answer, and the table beside it as out/gsm8k.json. A killed run goes on when the same command runs again: a row counts
+        if its key fits, a hash of all that decides the answer. A row's seconds are its batch's, shared out; the prefix that all questions share is not in them.
 Expect  the default model on one busy core, batch 4: for 32 new tokens 9 s a question with 8 shots, 2 s with one vector. It is too small to solve GSM8K
         with any prompt; a model of 1B or more has something to retain.
 """
@@ -28,6 +22,7 @@ import copy
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -37,6 +32,7 @@ import sys
 import time
 from pathlib import Path
 
+import filelock
 import jinja2
 import numpy as np
 import safetensors
@@ -45,7 +41,8 @@ import transformers
 from tqdm import tqdm
 
 VERSION = "0.1"
-WORDING = ("Given the following problem, reason and give a final answer to the problem.\nProblem: {question}\n"      # that of prompts/gsm8k_8shot.json and of the Llama 3.1 evals
+# that of prompts/gsm8k_8shot.json and of the Llama 3.1 evals
+WORDING = ("Given the following problem, reason and give a final answer to the problem.\nProblem: {question}\n"
            'Your response should end with "The final answer is [answer]" where [answer] is the response to the problem.')
 
 
@@ -305,6 +302,38 @@ def scored(row, gold):
     return row | {"predicted": number, "gold": gold, "correct": number == gold}
 
 
+def read_questions(folder, split):
+    """folder/split.jsonl -> [(question, gold)]. Exits with one line on bad input."""
+    path, questions, n = Path(folder, f"{split}.jsonl"), [], 0
+    try:
+        for n, line in enumerate(path.read_bytes().splitlines(), 1):
+            if line.strip():
+                row = json.loads(line)
+                questions.append((row["question"].strip(), read_gold(row["answer"])))
+                if questions[-1][1] is None:
+                    raise ValueError
+    except OSError as e:
+        fail(f"--data {folder}: expected a folder with {split}.jsonl in it, but that cannot be read ({e.strerror}); make it with: python data/gsm8k/prepare.py")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        fail(f'{path}, line {n}: expected a json object with a "question" and an "answer" that ends with #### and a number')
+    if not questions:
+        fail(f"{path}: it has no questions; make it with: python data/gsm8k/prepare.py")
+    return questions
+
+
+def read_rows(path):
+    """The rows of earlier runs by their key. A half-written last line, of a killed run, is cut off; a file of another kind is left as it is."""
+    whole, newline, half = path.read_bytes().rpartition(b"\n")
+    try:
+        rows = {row["key"]: row for row in map(json.loads, whole.splitlines())}
+        if not half.startswith(b'{"key"'[:len(half)]):
+            raise ValueError
+    except (ValueError, KeyError, TypeError):
+        fail(f"--out {path}: expected the rows of an earlier run, found something else, which is left as it is; give another --out, or move it away")
+    os.truncate(path, len(whole + newline))
+    return rows
+
+
 # the statistics
 def wilson(k, n, z=1.959964):
     """95% interval of a share of k in n (Wilson 1927): unlike the usual one it stays in [0, 1] and has a width at k = 0."""
@@ -339,53 +368,16 @@ def summarise(rows):
 
 
 def show(table):
-    """The table as text, a line a condition; the full prompt is not compared with itself."""
-    form = f"{{:{max(map(len, table)) + 2}s}}{{:>8s}}{{:>16s}}{{:>11s}}{{:>6s}}{{:>12s}}{{:>18s}}{{:>11s}}{{:>11s}}{{:>9s}}{{:>12s}}"
-    lines = [form.format("", "accuracy", "95%", "no number", "cut", "minus full", "95%", "McNemar p", "retention", "context", "s/question")]
+    """The table as text, a line a condition."""
+    lines = [["", "accuracy", "95%", "no number", "cut", "minus full", "95%", "McNemar p", "retention", "context", "s/question"]]
     for name, t in table.items():
-        versus = [""] * 4 if not lines[1:] else [f"{t['minus_full']:+.1%}", "{:+.1%} to {:+.1%}".format(*t["minus_full_95"]), f"{t['mcnemar_p']:.3g}",
-                                                 "-" if t["retention"] is None else f"{t['retention']:.1%}"]
-        lines.append(form.format(name, f"{t['accuracy']:.1%}", "{:.1%} to {:.1%}".format(*t["accuracy_95"]), str(t["no_number"]), str(t["cut"]), *versus,
-                                 f"{t['context_tokens']:.0f}", f"{t['seconds']:.2f}"))
-    return "\n".join(lines)
-
-
-def read_questions(folder, split):
-    """folder/split.jsonl -> [(question, gold)]. Exits with one line on bad input."""
-    path, questions = Path(folder, f"{split}.jsonl"), []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        why = getattr(e, "strerror", None) or "not UTF-8"
-        fail(f"--data {folder}: expected a folder with {split}.jsonl in it, but that cannot be read ({why}); make it with: python data/gsm8k/prepare.py")
-    for n, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                questions.append((row["question"].strip(), read_gold(row["answer"])))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                fail(f'{path}, line {n}: expected a json object with the texts "question" and "answer", found {line[:60]!r}')
-            if questions[-1][1] is None:
-                fail(f'{path}, line {n}: expected an "answer" that ends with #### and a number, found {row["answer"][-60:]!r}')
-    if not questions:
-        fail(f"{path}: it has no questions; make it with: python data/gsm8k/prepare.py")
-    return questions
-
-
-def read_rows(path):
-    """The rows of earlier runs -> {key: row}; {} without a file. A half-written last line, of a killed run, is cut off; a file of another kind is left as it is."""
-    if not path.exists():
-        return {}
-    try:
-        whole, newline, half = path.read_bytes().rpartition(b"\n")
-        rows = [json.loads(line) for line in whole.split(b"\n") if line]
-        done = {row["key"]: row for row in rows if {"answer", "cut", "new_tokens", "context_tokens", "seconds"} <= set(row)}
-        if len(done) < len({row["key"] for row in rows}) or half[:6] != b'{"key"'[:len(half)]:
-            raise ValueError
-        os.truncate(path, len(whole + newline))
-    except (OSError, ValueError, KeyError, TypeError):
-        fail(f"--out {path}: expected the rows of an earlier run, found something else, which is left as it is; give another --out, or move it away")
-    return done
+        retention = "-" if t["retention"] is None else f"{t['retention']:.1%}"
+        lines.append([name, f"{t['accuracy']:.1%}", "{:.1%} to {:.1%}".format(*t["accuracy_95"]), str(t["no_number"]), str(t["cut"]),
+                      f"{t['minus_full']:+.1%}", "{:+.1%} to {:+.1%}".format(*t["minus_full_95"]), f"{t['mcnemar_p']:.3g}", retention,
+                      f"{t['context_tokens']:.0f}", f"{t['seconds']:.2f}"])
+    lines[1][5:9] = [""] * 4                                                                        # the full prompt is not compared with itself
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
 
 
 @torch.no_grad()
@@ -429,13 +421,12 @@ def main():
     source = args.model or (next(iter(artifacts.values()))["model"]["name"] if artifacts else "models/smollm2-135m")
     device, dtype, attention = pick_device(args.device, args.dtype)
     model, tokenizer = load_frozen(source, device, dtype, attention, args.trust_remote_code)
-    before, d = fingerprint(model), model.get_input_embeddings().weight.shape[1]
+    before, d, context = fingerprint(model), model.get_input_embeddings().weight.shape[1], model.config.max_position_embeddings
     for path in artifacts:
         load_artifact(path, "be", before, d, maker)                                                  # now that the model is known
     ends = model.generation_config.eos_token_id
     stop = set(ends if isinstance(ends, list) else [ends if ends is not None else tokenizer.eos_token_id])
-
-    prompt_tokens = len(prompt_ids(tokenizer, messages, "chat", model.config.max_position_embeddings))
+    prompt_tokens = len(prompt_ids(tokenizer, messages, "chat", context))
 
     # what is fed: for each condition the ids of every question, and the vectors in their slots
     ask = [[{"role": "user", "content": WORDING.format(question=q)}] for q, _ in questions]
@@ -444,68 +435,67 @@ def main():
     for path, be in artifacts.items():
         name = Path(path).stem if [Path(p).stem for p in artifacts].count(Path(path).stem) == 1 else path
         slot = [-1 - i for i in range(len(be["vector"]))]
-        conditions[name] = ([layout_ids(tokenizer, be["layout"], slot, turns) for turns in ask], be["vector"].float())
-        if hashlib.sha256(json.dumps(messages).encode()).hexdigest() not in json.dumps(be["prompt"]):
+        conditions[name] = ([layout_ids(tokenizer, be["layout"], slot, turns) for turns in ask], be["vector"])
+        if be["prompt"]["messages"] != messages:
             print(f"note: {path} was made for another prompt than {args.prompt}")
     conditions["no prompt"] = ([chat_ids(tokenizer, turns) for turns in ask], no_vector)
     if args.bare:
         conditions["no system block"] = ([layout_ids(tokenizer, "block", [], turns) for turns in ask], no_vector)
-    room = model.config.max_position_embeddings - args.max_new_tokens
-    for name, (rows, _) in conditions.items():
-        if max(map(len, rows)) > room:
-            fail(f"{name}: expected at most {room} tokens of context (the model's {room + args.max_new_tokens} less --max-new-tokens), found {max(map(len, rows))}; "
-                 "give a shorter prompt, a smaller --max-new-tokens or a model with a longer context")
-    same = [before, args.max_new_tokens, sorted(stop), str(dtype)]
-    keys = {}                                                                                        # all that decides an answer, hashed
+    same, keys = [before, args.max_new_tokens, sorted(stop), str(dtype)], {}                         # a key: all that decides an answer, hashed
     for name, (rows, learned) in conditions.items():
+        if (longest := max(map(len, rows))) > context - args.max_new_tokens:
+            fail(f"{name}: expected at most {context - args.max_new_tokens} tokens of context (the model's {context} less --max-new-tokens), found {longest}; "
+                 "give a shorter prompt, a smaller --max-new-tokens or a model with a longer context")
         vector = hashlib.sha256(learned.numpy().tobytes()).hexdigest()
         keys[name] = [hashlib.sha256(json.dumps([same, ids, vector]).encode()).hexdigest() for ids in rows]
 
-    # the rows that are there, scored by the scorer of today
-    done, wanted = read_rows(out), {key for part in keys.values() for key in part}
-    for part in keys.values():
-        done |= {key: scored(done[key], gold) for key, (_, gold) in zip(part, questions) if key in done}
-    todo, stale = len(wanted - set(done)), len(set(done) - wanted)
-    print(f"prompt: {args.prompt}, {prompt_tokens} tokens; {len(questions)} questions of {args.data}, {args.split}; {len(conditions)} conditions\n"
-          f"{len(wanted) - todo} answers found, {todo} to make"
-          + f"; {stale} rows in {out} come from other settings and do not count" * (stale > 0))
+    lock = filelock.FileLock(f"{out}.lock")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         file = open(out, "a", encoding="utf-8")
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        fail(f"--out {out}: another run is writing it; wait for it, or give another --out")
     except OSError as e:
         fail(f"--out {out}: cannot be written: {e.strerror}")
-    shared = {}
-    with file, tqdm(total=len(wanted), initial=len(wanted) - todo, desc="answers", dynamic_ncols=True) as bar, torch.no_grad():
-        for start in range(0, len(questions), args.batch):
-            for name, (rows, learned) in conditions.items():
-                part = [q for q in range(len(questions))[start:start + args.batch] if keys[name][q] not in done]
-                if not part:
-                    continue
-                learned = learned.to(device)
-                if name not in shared:                                                               # the prompt, run once for all questions
-                    n = min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)                # each row keeps a token of its own
-                    ids = torch.tensor([rows[0][:n]], device=device)                                 # (1, n), [BE] in it
-                    shared[name] = n, model.get_decoder()(inputs_embeds=embed(model, ids, learned), use_cache=True).past_key_values
-                began = time.perf_counter()
-                said = generate(model, [rows[q] for q in part], *shared[name], learned, stop, args.max_new_tokens)
-                seconds = (time.perf_counter() - began) / len(part)
-                for q, ids in zip(part, said):
-                    row = {"key": keys[name][q], "condition": name, "question": q, "answer": tokenizer.decode(ids, skip_special_tokens=True).strip(),
-                           "cut": ids[-1] not in stop, "new_tokens": len(ids), "context_tokens": len(rows[q]), "seconds": seconds}
-                    done[row["key"]] = scored(row, questions[q][1])
-                file.write("".join(json.dumps(done[keys[name][q]]) + "\n" for q in part))
-                file.flush()
-                os.fsync(file.fileno())
-                bar.update(len(part))
-            so_far = {name: [done[key]["correct"] for key in part[:start + args.batch]] for name, part in keys.items()}
-            bar.set_postfix({name: f"{sum(right) / len(right):.1%}" for name, right in so_far.items()})
 
-    table = summarise({name: [done[key] for key in part] for name, part in keys.items()})
+    # the answers: a batch of questions in all conditions, then the next batch
+    done, wanted, shared = read_rows(out), {key for part in keys.values() for key in part}, {}
+    todo = len(wanted - set(done))
+    print(f"prompt: {args.prompt}, {prompt_tokens} tokens; {len(questions)} questions of {args.data}, {args.split}; {len(conditions)} conditions\n"
+          f"{len(wanted) - todo} answers found, {todo} to make; {len(set(done) - wanted)} rows in {out} come from other settings and do not count")
+    with file, tqdm(total=todo, desc="answers", dynamic_ncols=True) as bar, torch.no_grad():
+        for start, name in itertools.product(range(0, len(questions), args.batch), conditions):
+            rows, learned = conditions[name][0], conditions[name][1].to(device)
+            part = [q for q in range(len(questions))[start:start + args.batch] if keys[name][q] not in done]
+            if not part:
+                continue
+            if name not in shared:                                                                   # the prompt, run once for all questions
+                n = min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)                    # each row keeps a token of its own
+                embeds = embed(model, torch.tensor([rows[0][:n]], device=device), learned)           # (1, n, d), [BE] in it
+                shared[name] = n, model.get_decoder()(inputs_embeds=embeds, use_cache=True).past_key_values
+            began = time.perf_counter()
+            said = generate(model, [rows[q] for q in part], *shared[name], learned, stop, args.max_new_tokens)
+            seconds = (time.perf_counter() - began) / len(part)
+            made = []
+            for q, ids in zip(part, said):
+                row = {"key": keys[name][q], "condition": name, "question": q, "answer": tokenizer.decode(ids, skip_special_tokens=True).strip(),
+                       "cut": ids[-1] not in stop, "new_tokens": len(ids), "context_tokens": len(rows[q]), "seconds": seconds}
+                made.append(scored(row, questions[q][1]))
+            file.write("".join(json.dumps(row) + "\n" for row in made))
+            file.flush()
+            os.fsync(file.fileno())                                                                  # a batch that was said to be done stays done
+            done |= {row["key"]: row for row in made}
+            bar.update(len(made))
+
+    # the table; the rows that were there are scored by the scorer of today
+    table = summarise({name: [scored(done[key], gold) for key, (_, gold) in zip(part, questions)] for name, part in keys.items()})
     print(f"\n{len(questions)} questions, greedy, at most {args.max_new_tokens} new tokens; 95%: Wilson, and a paired bootstrap over questions\n\n{show(table)}\n")
     summary = {"table": table, "model": {"name": source, "fingerprint": before}, "config": vars(args), "dtype": str(dtype)[6:], "device": device.type,
                "versions": {"nanobe": VERSION, "torch": str(torch.__version__), "transformers": transformers.__version__}}
     Path(f"{out}.tmp").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     os.replace(f"{out}.tmp", out.with_suffix(".json"))
+    lock.release()
     print(f"wrote {out} and {out.with_suffix('.json')}")
 
 

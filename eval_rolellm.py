@@ -29,14 +29,16 @@ import math
 import os
 import re
 import shlex
-import subprocess
 import signal
+import statistics
+import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
+import filelock
 import jinja2
 import safetensors
 import torch
@@ -77,14 +79,14 @@ def settings():
     add("--num-questions",  type=number(int, 1), default=None, help="the first so many test questions of each role; default: all")
     add("--model",          default="models/smollm2-135m", help="hub name or local folder of a Llama or Qwen chat model")
     add("--artifacts",      default="",          help="a folder of finished artifacts NAME.pt (spaces are _); without it they are trained into roles/ beside --out")
-    add("--stage1",         default="",          help="more options for stage1_recon.py, in one string")
-    add("--stage2",         default="",          help="more options for stage2_kd.py, in one string; with --init random there is no stage 1")
+    add("--stage1",         type=shlex.split, default="", help="more options for stage1_recon.py, in one string")
+    add("--stage2",         type=shlex.split, default="", help="more options for stage2_kd.py, in one string; with --init random there is no stage 1")
     add("--max-new-tokens", type=number(int, 1), default=256, help="an answer is cut here")
     add("--temperature",    type=number(float, 0), default=0.0, help="0 is greedy; the paper's is 0.7")
     add("--top-p",          type=number(float, 0.01, 1), default=1.0, help="with a temperature: sample from the likeliest tokens of this much mass; the paper's is 0.9")
     add("--judge-url",      default="",          help="base address of the judge, such as http://localhost:8000/v1; without it there is no win rate")
     add("--judge-model",    default="",          help="the name that the judge's server knows it by")
-    add("--judge-options",  default='{"temperature": 0, "max_tokens": 16}', help="JSON, sent along with each request; a judge that thinks first needs more tokens")
+    add("--judge-options",  type=json.loads, default='{"temperature": 0, "max_tokens": 16}', help="JSON, sent along with each request; a judge that thinks first needs more tokens")
     add("--judge-at-once",  type=number(int, 1), default=8, help="requests under way at a time")
     add("--out",            default="out/rolellm", help="where the results go: this, with .md, .json, .answers.jsonl and .verdicts.jsonl")
     add("--seed",           type=int,   default=0,      help="of the training and the sampling")
@@ -284,20 +286,20 @@ def read_roles(folder, names, count):
 
 
 def read_rows(path):
-    """The rows of a .jsonl by their key. What a killed run left of its last line is cut off, so that the next row starts on a line of its own."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).touch()
-    data = Path(path).read_bytes()
-    os.truncate(path, data.rfind(b"\n") + 1)
+    """The rows of earlier runs by their key. A half-written last line, of a killed run, is cut off; a file of another kind is left as it is."""
+    whole, newline, half = Path(path).read_bytes().rpartition(b"\n")
     try:
-        return {row["key"]: row for row in map(json.loads, data[:data.rfind(b"\n") + 1].splitlines())}
-    except (ValueError, KeyError, TypeError) as e:
-        fail(f"{path}: expected a json object with a key in each line ({type(e).__name__}); remove the file, or choose another --out")
+        rows = {row["key"]: row for row in map(json.loads, whole.splitlines())}
+        if not half.startswith(b'{"key"'[:len(half)]):
+            raise ValueError
+    except (ValueError, KeyError, TypeError):
+        fail(f"{path}: expected the rows of an earlier run, found something else, which is left as it is; give another --out, or move it away")
+    os.truncate(path, len(whole + newline))
+    return rows
 
 
 def write(path, text):
     """Whole or not at all."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(f"{path}.tmp").write_text(text, encoding="utf-8")
     os.replace(f"{path}.tmp", path)
 
@@ -306,27 +308,29 @@ def digest(*parts):
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def train(args, role, path, prompt):
-    """A role's [BE] at `path`, by the stage scripts' own command lines; what is done is skipped, what was begun is resumed."""
-    base, maker = path.with_name(path.name[:-3]), f"rm {shlex.quote(str(path))}; python eval_rolellm.py"
+def train(args, role):
+    """A role's [BE] at its path, by the stage scripts' own command lines; what is done is skipped, what was begun is resumed."""
+    path, base = role["path"], role["path"].with_suffix("")
     common = ["--prompt", f"{base}.txt", "--model", args.model, "--seed", str(args.seed)]
-    stages = {f"{base}.recon.pt": ["stage1_recon.py", *common, "--out", f"{base}.recon.pt", *shlex.split(args.stage1)],
-              f"{base}.pt": ["stage2_kd.py", *common, "--be", f"{base}.recon.pt", "--out", f"{base}.pt", *shlex.split(args.stage2)]}
-    if "--init random" in " ".join(shlex.split(args.stage2)).replace("=", " "):
-        stages.pop(f"{base}.recon.pt")
+    stages = {f"{base}.recon.pt": ["stage1_recon.py", *common, "--out", f"{base}.recon.pt", *args.stage1],
+              f"{base}.pt": ["stage2_kd.py", *common, "--be", f"{base}.recon.pt", "--out", f"{base}.pt", *args.stage2]}
+    if "--init random" in " ".join(args.stage2).replace("=", " "):
+        del stages[f"{base}.recon.pt"]
     recipe = "".join(shlex.join(["python", *command]) + "\n" for command in stages.values())
     if any(map(os.path.exists, stages)) and (not os.path.exists(f"{base}.sh") or Path(f"{base}.sh").read_text() != recipe):
         fail(f"{base}.pt was made, or begun, by other commands than these options ask for ({base}.sh); "
              f"remove both, choose another --out, or take it as it is with --artifacts {base.parent}")
-    if path.exists():
-        if "controls" in load_artifact(path, "be", None, None, maker)["metrics"]:
+    if path.exists():                                                                               # stage 1 is done
+        if "controls" in load_artifact(path, "be", None, None, f"rm {shlex.quote(str(path))}; python eval_rolellm.py")["metrics"]:
             return
         stages.pop(f"{base}.recon.pt", None)
-    for name, lines in [(".txt", [prompt]), (".queries.txt", role["train"]), (".test.txt", [q for q, _ in role["test"]])]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name, lines in [(".txt", [role["prompt"]]), (".queries.txt", role["train"]), (".test.txt", [q for q, _ in role["test"]])]:
         write(f"{base}{name}", "".join(line + "\n" for line in lines))
     write(f"{base}.sh", recipe)
     for out, (script, *options) in stages.items():
-        command = [sys.executable, str(HERE / script), *options, "--device", args.device, "--dtype", args.dtype, *["--trust-remote-code"] * args.trust_remote_code, *["--resume"] * os.path.exists(out)]
+        options += ["--device", args.device, "--dtype", args.dtype] + ["--trust-remote-code"] * args.trust_remote_code + ["--resume"] * os.path.exists(out)
+        command = [sys.executable, str(HERE / script), *options]
         print("$", shlex.join(command), flush=True)
         if code := subprocess.run(command).returncode:
             fail(f"{script} ended with exit code {code} for {base}.txt; what it said stands above. The same command again goes on from there")
@@ -399,16 +403,15 @@ def ask_judge(url, body, key):
                 response = e                                                                        # a response too, with a status of its own
             with response:
                 status, text = response.status, response.read().decode(errors="replace")
-        except (OSError, http.client.HTTPException) as e:                                           # refused, reset, timed out, cut short
-            status, text = 0, f"{type(e).__name__}: {e}"
-        if status == 200:
-            try:
+            if status == 200:
                 return (json.loads(text)["choices"][0]["message"]["content"] or "").strip()
-            except (ValueError, LookupError, TypeError, AttributeError):
-                status = "no chat completion in the reply:"
-        reason = f"{status or 'no connection:'} {' '.join(text.split())[:300]}"
-        reason = reason.replace(key, "(key)") if key else reason                                    # some servers repeat it
-        if wait is None or status not in (0, 429) and not (isinstance(status, int) and status >= 500):
+            again, reason = status == 429 or status >= 500, f"{status} {text}"
+        except (OSError, http.client.HTTPException) as e:                                           # refused, reset, timed out, cut short
+            again, reason = True, f"no connection: {type(e).__name__}: {e}"
+        except (json.JSONDecodeError, LookupError, TypeError, AttributeError):
+            again, reason = False, f"no chat completion in the reply: {text}"
+        reason = " ".join(reason.replace(key or "\0", "(key)").split())[:300]                       # some servers repeat the key
+        if wait is None or not again:
             raise RuntimeError(reason)
         tqdm.write(f"judge: {reason}; again in {wait} s")
         time.sleep(wait)
@@ -431,6 +434,7 @@ def judge(args, roles, texts, url, options, key):
                 bodies[keys[-1]] = body
             pairs[name, question] = keys
     path = f"{args.out}.verdicts.jsonl"
+    Path(path).touch()
     found = read_rows(path)
     missing = [k for k in bodies if k not in found]
     print(f"judge: {len(bodies) - len(missing)} verdicts found, {len(missing)} to ask {args.judge_model} for, {path}")
@@ -473,7 +477,7 @@ def summarize(rows):
     means = {}
     for key in ("full", "be", "none", "be_teacher", "none_teacher", "kl", "gap_closed", "win_rate"):
         if values := [r[key] for r in rows if r[key] is not None]:
-            means[key] = sum(values) / len(values), interval(values)
+            means[key] = statistics.fmean(values), interval(values)
     if means["full"][0] > 0:
         be, full = [r["be"] for r in rows], [r["full"] for r in rows]
         means["retention"] = sum(be) / sum(full), interval(be, full)
@@ -499,28 +503,28 @@ def report(rows, means, notes):
 
 def main():
     args = settings()
-    if bool(args.judge_url) != bool(args.judge_model):
-        fail("--judge-url and --judge-model: expected both or neither, found one")
-    try:
-        shlex.split(args.stage1), shlex.split(args.stage2)
-        options = dict(json.loads(args.judge_options))
-    except (ValueError, TypeError) as e:
-        fail(f"--stage1, --stage2: expected options in one string; --judge-options: expected a JSON object; {e}")
-    if args.judge_url and not re.match(r"https?://[^\s/]", args.judge_url):
-        fail(f"--judge-url {args.judge_url}: expected http:// or https:// and a server, such as http://localhost:8000/v1")
+    if bool(args.judge_url) != bool(args.judge_model) or args.judge_url and not re.match(r"https?://[^\s/]", args.judge_url):
+        fail(f"--judge-url {args.judge_url!r}, --judge-model {args.judge_model!r}: expected both or neither, and an address such as http://localhost:8000/v1")
+    if not isinstance(args.judge_options, dict):
+        fail(f"--judge-options: expected a JSON object, found {args.judge_options!r}")
     url = args.judge_url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
     key = (os.environ.get("NANOBE_JUDGE_KEY") or os.environ.get("OPENAI_API_KEY") or "").strip()    # stays in memory: never printed, never written
-    roles = read_roles(args.data, args.roles, args.num_roles)
-    folder = Path(args.artifacts or Path(args.out).parent / "roles")
+    roles, path = read_roles(args.data, args.roles, args.num_roles), Path(f"{args.out}.answers.jsonl")
+    lock = filelock.FileLock(f"{args.out}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        fail(f"--out {args.out}: another run is writing it; wait for it, or give another --out")
+    except OSError as e:
+        fail(f"--out {args.out}: cannot be written: {e.strerror}")
+    folder = Path(args.artifacts or path.parent / "roles")
     for name, role in roles.items():
         role |= {"prompt": TEMPLATE.format(role=name, description=role["description"]), "path": folder / f"{name.replace(' ', '_')}.pt"}
         if not args.artifacts:
-            train(args, role, role["path"], role["prompt"])                                         # stage 2 measures KL on all of the test questions
+            train(args, role)                                                   # stage 2 measures KL on all of the test questions
         role["test"] = role["test"][:args.num_questions]
-        maker = f"python eval_rolellm.py --roles {shlex.quote(name)}, without --artifacts"
-        be = load_artifact(role["path"], "be", None, None, maker)
-        if [m["content"] for m in be["prompt"].get("messages", [])] != [role["prompt"]]:
-            fail(f"{role['path']}: its vector was made for another prompt than RoleLLM's for {name}; make one with: {maker}")
 
     device, dtype, attention = pick_device(args.device, args.dtype)
     model, tokenizer = load_frozen(args.model, device, dtype, attention, args.trust_remote_code)
@@ -533,8 +537,11 @@ def main():
     # what is fed for each answer; its key is a hash of all that the answer depends on
     plan = {}                                                                                       # (role, condition) -> {key: (question, ids)}
     for name, role in roles.items():
-        be = role["be"] = load_artifact(role["path"], "be", before, d, f"python eval_rolellm.py --roles {shlex.quote(name)} --model {args.model}")
+        maker = f"python eval_rolellm.py --roles {shlex.quote(name)} --model {args.model}, without --artifacts"
+        be = role["be"] = load_artifact(role["path"], "be", before, d, maker)
         slot, prompt = [-1 - i for i in range(len(be["vector"]))], be["prompt"]["messages"]
+        if [m["content"] for m in prompt] != [role["prompt"]]:
+            fail(f"{role['path']}: its vector was made for another prompt than RoleLLM's for {name}; make one with: {maker}")
         for condition, (question, _) in itertools.product(("full", "be", "none"), role["test"]):
             turns = [{"role": "user", "content": question}]
             ids = chat_ids(tokenizer, prompt + turns) if condition == "full" else layout_ids(tokenizer, be["layout"], slot if condition == "be" else [], turns)
@@ -544,12 +551,10 @@ def main():
             plan.setdefault((name, condition), {})[digest(before, ids, vector, stop.tolist(), args.max_new_tokens, sampling, str(dtype))] = question, ids
 
     # the answers
-    path, made = f"{args.out}.answers.jsonl", 0
-    found = read_rows(path)
-    with open(path, "a", encoding="utf-8") as f, tqdm(total=sum(map(len, plan.values())), desc="answers", dynamic_ncols=True) as bar:
+    found, made = read_rows(path), 0
+    with open(path, "a", encoding="utf-8") as f, tqdm(total=sum(k not in found for rows in plan.values() for k in rows), desc="answers", dynamic_ncols=True) as bar:
         for (name, condition), rows in plan.items():
             vector, missing = roles[name]["be"]["vector"].to(device), [k for k in rows if k not in found]
-            bar.update(len(rows) - len(missing))
             ids, seeds = [rows[k][1] for k in missing], [int(k[:15], 16) for k in missing]
             for i, said in generate(model, ids, vector, stop, args.max_new_tokens, args.temperature, args.top_p, seeds):
                 row = {"key": missing[i], "role": name, "condition": condition, "question": rows[missing[i]][0],
@@ -560,31 +565,28 @@ def main():
                 bar.update()
     texts = {(name, condition, question): found[k]["answer"] for (name, condition), rows in plan.items() for k, (question, _) in rows.items()}
     print(f"answers: {len(texts) - made} found, {made} made, {path}")
+    verdicts = judge(args, roles, texts, url, args.judge_options, key) if args.judge_url else {}
 
     # the scores. RoleLLM names ROUGE-L and published no scorer; without a stemmer is the package's default, and RoleBench's in OpenCompass
-    scorer, verdicts, rows = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False), {}, []
-    if args.judge_url:
-        verdicts = judge(args, roles, texts, url, options, key)
+    scorer, rows = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False), []
     for name, role in roles.items():
-        n, metrics = len(role["test"]), role["be"]["metrics"]
-        r = {"role": name, "n": n, "prompt_tokens": role["be"]["prompt"]["tokens"], "k": len(role["be"]["vector"]), "layout": role["be"]["layout"]}
+        be, r = role["be"], {"role": name, "n": len(role["test"])}
         for condition in ("full", "be", "none"):
-            answers = [texts[name, condition, q] for q, _ in role["test"]]
-            teacher = [texts[name, "full", q] for q, _ in role["test"]]
-            r[condition] = sum(scorer.score_multi(refs, a)["rougeL"].fmeasure for (_, refs), a in zip(role["test"], answers)) / n   # the best of several references
-            r[f"{condition}_teacher"] = sum(scorer.score(t, a)["rougeL"].fmeasure for t, a in zip(teacher, answers)) / n
+            answers = [(texts[name, condition, q], texts[name, "full", q], references) for q, references in role["test"]]
+            r[condition] = statistics.fmean(scorer.score_multi(references, a)["rougeL"].fmeasure for a, _, references in answers)   # the best of several references
+            r[f"{condition}_teacher"] = statistics.fmean(scorer.score(teacher, a)["rougeL"].fmeasure for a, teacher, _ in answers)
         r["retention"] = r["be"] / r["full"] if r["full"] > 0 else None
-        control = next((row for what, row in metrics.get("controls", {}).items() if what.startswith("[BE]")), {})                  # stage 2's own table
-        r |= {"kl": control.get("kl"), "gap_closed": control.get("gap_closed"), "held_out_gap_closed": metrics.get("held_out_gap_closed")}
-        r |= verdicts.get(name, dict.fromkeys(["W", "T", "L", "unparsable"]))
+        control = next((row for what, row in be["metrics"].get("controls", {}).items() if what.startswith("[BE]")), {})            # stage 2's own table
+        r |= {"prompt_tokens": be["prompt"]["tokens"], "k": len(be["vector"]), "layout": be["layout"],
+              "kl": control.get("kl"), "gap_closed": control.get("gap_closed"), "held_out_gap_closed": be["metrics"].get("held_out_gap_closed"),
+              **verdicts.get(name, dict.fromkeys(["W", "T", "L", "unparsable"]))}
         judged = sum(r[x] for x in "WTL") if verdicts else 0
         r |= {"win_rate": (r["W"] + r["T"] / 2) / judged if judged else None, "wtl": f"{r['W']} / {r['T']} / {r['L']}" if verdicts else None}
         rows.append(r)
     means = summarize(rows)
     decoding = f"temperature {args.temperature}, top-p {args.top_p}, seed {args.seed}" if sampling else "greedy"
-    notes = [f"{args.model}; {decoding}, {args.max_new_tokens} new tokens. ROUGE-L F, without a stemmer, the best of a question's references; *~ full*: against the full "
-             "prompt's answer; *none*: the template's words around an empty slot. KL and gap closed: stage 2's own table, in the artifact. Means over roles, with a 95% "
-             "bootstrap interval over roles."]
+    notes = [f"{args.model}; {decoding}, {args.max_new_tokens} new tokens. ROUGE-L F, without a stemmer, the best of a question's references; *~ full*: against the full prompt's answer; "
+             "*none*: the template's words around an empty slot. KL and gap closed: stage 2's own table. Means over roles, with a 95% bootstrap interval over roles."]
     if verdicts:
         notes += ["", f"Judge {args.judge_model}: [BE] against the full prompt, each pair in both orders; win rate = (W + T / 2) / (W + T + L); equal answers are a tie; "
                       "pairs without two clear verdicts are counted apart."]
@@ -593,6 +595,7 @@ def main():
     config = {k: v for k, v in vars(args).items() if k != "judge_url"}
     over = {k: {"mean": mean, "interval_95": ends} for k, (mean, ends) in means.items()}
     write(f"{args.out}.json", json.dumps({"config": config, "fingerprint": before, "roles": rows, "mean": over}, indent=1) + "\n")
+    lock.release()
     print(f"\n{text}\nwrote {args.out}.md and {args.out}.json")
 
 

@@ -19,6 +19,7 @@ k > 1 vectors are k tokens, <|be:NAME:0|> and so on; the template writes them ou
 """
 import argparse
 import base64
+import contextlib
 import copy
 import hashlib
 import io
@@ -31,6 +32,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import filelock
 import huggingface_hub
 import jinja2
 import safetensors
@@ -267,11 +269,21 @@ def main():
     maker = "python stage1_recon.py --prompt prompts/pirate.txt, then python stage2_kd.py --prompt prompts/pirate.txt"
     if bool(args.out) == bool(args.prompt_embeds):
         fail("expected one of --out FOLDER (a checkpoint) and --prompt-embeds FILE (a message)")
-    if out.exists() and not args.overwrite:
-        fail(f"{out}: already there; give another name, or --overwrite")
     artifacts = [load_artifact(path, "be", None, None, maker) for path in args.be]
     names = token_names(args.be, artifacts, args.names)
-    tmp = Path(f"{out}.tmp")
+    tmp, aside, lock = Path(f"{out}.tmp"), Path(f"{out}.tmp.old"), filelock.FileLock(f"{out}.lock")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        Path(lock.lock_file).touch()                    # says why nothing can be written there; FileLock would take it for another run
+        lock.acquire(timeout=0)
+        if aside.exists() and not out.exists():         # a run was killed between the two renames at the end
+            os.replace(aside, out)
+    except filelock.Timeout:
+        fail(f"{out}: another run is writing it; wait for it, or give another name")
+    except OSError as e:
+        fail(f"{out}: cannot be written: {e.strerror}")
+    if out.exists() and not args.overwrite:
+        fail(f"{out}: already there; give another name, or --overwrite")
 
     if args.prompt_embeds:                              # the server puts its chat template around the message: layout chat, and no other
         if len(artifacts) > 1 or artifacts[0]["layout"] != "chat":
@@ -282,11 +294,13 @@ def main():
         if out.is_dir():
             fail(f"--prompt-embeds {out}: expected a file to write, found a folder")
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
             tmp.write_text(json.dumps(message) + "\n", encoding="utf-8")
             os.replace(tmp, out)
         except OSError as e:
-            fail(f"{out}: cannot be written: {e.strerror or e}")
+            with contextlib.suppress(OSError):
+                tmp.unlink()
+            fail(f"{out}: cannot be written: {e.strerror or e}; nothing there has changed")
+        lock.release()
         print(f"wrote {out}: a system message of {len(artifacts[0]['vector'])} vector(s) of {artifacts[0]['model']['d']} numbers, for {artifacts[0]['model']['name']}\n"
               f"serve:  python -m vllm.entrypoints.openai.api_server --model {args.model or artifacts[0]['model']['name']} --enable-prompt-embeds")
         return
@@ -361,9 +375,12 @@ def main():
     try:
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
-        huggingface_hub.save_torch_state_dict(state, tmp, metadata={"format": "pt"})
-        for part in (config, generation, tokenizer):
-            part.save_pretrained(tmp)
+        try:
+            huggingface_hub.save_torch_state_dict(state, tmp, metadata={"format": "pt"})
+            for part in (config, generation, tokenizer):
+                part.save_pretrained(tmp)
+        except Exception as e:      # safetensors and tokenizers write in Rust: a full disk is a type of their own, or plain Exception
+            raise OSError(getattr(e, "strerror", None) or e)
         (tmp / "nanobe.json").write_text(json.dumps(about, indent=2) + "\n")
 
         # what is on disk, against the base
@@ -387,14 +404,19 @@ def main():
         if [read.apply_chat_template(turns, **render) for turns in plain] != as_stock:
             fail("this model's chat template does not work inside the one that the export needs; use --layout chat and --k 1, or --prompt-embeds")
         if out.exists():
-            shutil.rmtree(f"{out}.old", ignore_errors=True)
-            os.replace(out, f"{out}.old")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(out, aside)
         os.replace(tmp, out)
-        shutil.rmtree(f"{out}.old", ignore_errors=True)
+        if aside.exists():
+            os.replace(aside, tmp)                      # so that what stands aside is whole, always
     except OSError as e:
-        fail(f"{out}: cannot be written: {e.strerror or e}; nothing there has changed")
+        with contextlib.suppress(OSError):
+            if aside.exists() and not out.exists():
+                os.replace(aside, out)
+        fail(f"{out}: cannot be written: {e.strerror or e}; " + ("nothing there has changed" if out.exists() or not aside.exists() else f"what was there is whole, as {aside}"))
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+        lock.release()
     exact = "" if model.dtype in (stored, torch.float32) else f", rounded to {str(model.dtype)[6:]}"
     print(f"{out}: {len(base) - 2} tensors of the body and {int(kept[:rows].sum())} old rows of both table and head are bit-identical to the base{exact}; new: rows {ids}\n")
     for name, be, path in zip(names, artifacts, args.be):

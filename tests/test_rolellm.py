@@ -400,6 +400,7 @@ def test_the_judges_client(role, server, monkeypatch):
 
 def test_equal_texts_are_a_tie_and_are_not_sent(role, work, server):
     args = SimpleNamespace(judge_model="m", judge_at_once=1, out="out/x", judge_url=server.url)
+    (work / "out").mkdir()
     server.reply = lambda body: pytest.fail("asked")
     roles = {"R": {"description": "d", "test": [("q", ["ref"])]}}
     assert role.judge(args, roles, {("R", c, "q"): "same" for c in ("be", "full")}, server.url, {}, "") == {"R": {"W": 0, "T": 1, "L": 0, "unparsable": 0}}
