@@ -427,18 +427,19 @@ def rate(device, run):
 
 
 def peak_bytes(device, run):
-    """Run it -> (the most bytes held meanwhile, those held before): of the allocator on CUDA, else of this process, as Linux counts it."""
+    """Run it -> (the bytes it needed at most beyond those held before, the most bytes held): of the allocator on CUDA, else of this process, as Linux counts it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
-        return torch.cuda.max_memory_allocated(), before
-    resident = lambda field: 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-    ctypes.CDLL(None).malloc_trim(0)                                                                 # what earlier runs have freed goes back to the system
-    Path("/proc/self/clear_refs").write_text("5")                                                    # the peak counts from here
-    before = resident("VmRSS")
-    run()
-    return resident("VmHWM"), before
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)                                                             # what earlier runs have freed goes back to the system
+        Path("/proc/self/clear_refs").write_text("5")                                                # the peak counts from here
+        before = int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+        run()
+        peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    return max(4096, peak - before), peak                                                            # a page at least, for the ratio's sake
 
 
 def pairs(figures, runs, repeats, warm=0, **more):

@@ -122,6 +122,15 @@ def test_the_naive_recipe_trains_a_bf16_vector_and_nothing_else(bench, smol):
     assert not any(w.requires_grad or w.grad is not None for w in model.parameters())
 
 
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux counts the peak of a process there")
+def test_peak_memory_is_what_a_run_held_at_once(bench):
+    def run(pieces, kept=()):
+        for _ in range(pieces):
+            kept = torch.ones(2 ** 24)                                                               # 64 MB; at most two live at once
+    (one, peak), (four, _) = bench.peak_bytes(CPU, lambda: run(1)), bench.peak_bytes(CPU, lambda: run(4))
+    assert 60e6 < one < 90e6 < peak and 120e6 < four < 160e6
+
+
 # --- command lines
 
 def test_every_save_is_seen_and_a_run_that_is_left_ends(bench, tmp_path):
@@ -191,6 +200,8 @@ def check(results):
     assert len(kv) == 2
     assert [r["in the cache"] for r in kv] == [2 * 2 * 2 * 16 * 4 * (r["prompt_tokens"] - 1) for r in kv]      # K and V, layers, heads, head size, fp32
     assert [r["b"] for r in results["items"]["6"]["rows"]] == [1, 4]
+    step, peak = results["items"]["3"]["rows"]
+    assert all(step[name]["max"] < peak[name]["min"] for name in ("passes of 2, loss in chunks", "one pass of 4, full logits"))
     assert [r["prompt_tokens"] for r in results["items"]["4"]["rows"]] == sorted(r["prompt_tokens"] for r in results["items"]["4"]["rows"])
 
 
