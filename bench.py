@@ -1,14 +1,14 @@
 """Speed and memory: training against a naive recipe, and serving with [BE] against the full prompt. Every pair alternates in one run on one machine.
 
-    1  time to quality: seconds until 0.5 of the held-out gap is closed, stage2_kd.py against the naive recipe            19 minutes
-    2  tokens a second of a stage-2 step, against a bare forward and input-gradient pass of the same frozen body           2
-    3  peak memory of a stage-2 step, loss in chunks against full logits                                                   2
-    4  tokens a second of the teacher's answers, prompt encoded once against once a query                                  4
-    5  time to first token, throughput and KV memory, full prompt against [BE]                                             4
-    6  many prompts trained together, against a run for each                                                              11
-    7  stage 0 with two processes against one, a thread each                                                               3
+    1  time to quality: seconds until 0.5 of the held-out gap is closed, stage2_kd.py against the naive recipe
+    2  tokens a second of a stage-2 step, against a bare forward and input-gradient pass of the same frozen body
+    3  peak memory of a stage-2 step, small passes and the loss in chunks against one pass with full logits
+    4  tokens a second of the teacher's answers, prompt encoded once against once a query
+    5  time to first token, throughput and KV memory, full prompt against [BE]
+    6  many prompts trained together, against a run for each
+    7  stage 0 with two processes against one, a thread each
 
-    python bench.py                          # all of it, about 45 minutes on two slow cores -> results/bench.json, bench-quality.png, bench-ttft.png
+    python bench.py                          # all of it, about 50 minutes on two slow cores -> results/bench.json, bench-quality.png, bench-ttft.png
     python bench.py --only 2 3               # these alone; what the file has is not measured again unless --again is given
     python bench.py --quick --out /tmp/b.json                                     # does it run? its numbers are too few to mean anything
     python bench.py --model Qwen/Qwen3-4B-Instruct-2507 --out results/bench-gpu.json
@@ -17,9 +17,8 @@ Reads   the prompts, and NAME.queries.txt beside --prompt. Runs the stage script
 Writes  --out, after each item: its settings, the machine, and for each figure the median, the range and n. Figures of different runs are never averaged.
 """
 import argparse
-import contextlib
 import copy
-import functools
+import ctypes
 import importlib.util
 import json
 import math
@@ -27,8 +26,6 @@ import os
 import platform
 import random
 import re
-import resource
-import shutil
 import signal
 import statistics
 import subprocess
@@ -59,19 +56,23 @@ def settings():
     add("--prompts",       default=PROMPTS, nargs="+",    help="of item 4 (the first two), 5 (all), 6 and 7 (pieces of the last): from short to long")
     add("--repeats",       default=3,    type=number(int, 1),      help="alternating pairs for each figure of items 3, 4, 5 and 7; item 2 takes four times as many")
     add("--batch",         default=16,   type=number(int, 1),      help="of items 2 and 3: queries a step")
+    add("--micro-batch",   default=4,    type=number(int, 1),      help="of items 2 and 3: queries in one pass of ours, as in stage2_kd.py")
     add("--answer-tokens", default=32,   type=number(int, 1),      help="of items 1, 2 and 4: the teacher's answers are cut here")
+    add("--teacher-queries", default=64, type=number(int, 2),      help="of item 4: queries that share one encoded prompt")
     add("--steps",         default=300,  type=number(int, 1),      help="of item 1: stage 2's --steps, which set its schedule; it is stopped at --target")
     add("--target",        default=0.5,  type=number(float, 0, 1), help="of item 1: the held-out gap to close")
     add("--naive-lr",      default=[0.01, 0.03, 0.1], nargs="+", type=number(float, 0), help="of item 1: learning rates to try; the best after --naive-tune steps goes on")
-    add("--naive-tune",    default=30,   type=number(int, 1),      help="of item 1: see --naive-lr; the steps of the best rate count as its own")
+    add("--naive-tune",    default=40,   type=number(int, 1),      help="of item 1: see --naive-lr; the steps of the best rate count as its own")
     add("--naive-minutes", default=11.0, type=number(float, 0),    help="of item 1: the naive recipe stops here if it has not reached --target")
     add("--seed",          default=0,    type=int,                 help="of start vectors and the order of queries")
     add("--device",        default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: CUDA, then MPS, then CPU")
     add("--dtype",         default="auto", choices=["auto", "bf16", "fp32"],       help="of the frozen weights")
     add("--trust-remote-code", action="store_true", help="run the model code that a hub repository ships; off: none but that of transformers")
-    add("--memory-of",     default="", choices=["", "chunks", "full"], help="item 3's own child process: one step of this kind, its memory on the last line")
     p.error = lambda message: fail(f"{message}; see --help")
-    return p.parse_args()
+    args = p.parse_args()
+    if args.quick:
+        vars(args).update(repeats=1, batch=4, micro_batch=2, answer_tokens=6, teacher_queries=6, steps=20, naive_tune=5, naive_minutes=0.0)
+    return args
 
 
 # --- shared: fail --------------------------------------------------------
@@ -376,45 +377,38 @@ def full_loss(z, z_teacher, tau):
     return tau ** 2 * (logq.exp() * (logq - logp)).sum(-1)
 
 
-def naive(model, full, rows, stop, limit, start, lr, seed, every, tau=2.0):
+def naive(model, full, rows, stop, limit, start, lr, seed, tau=2.0):
     """The naive recipe. At each visit one query: the teacher answers it again with the whole prompt, the student reads the answer, logits of every position are made.
 
-    full, rows: what teacher and student read before the answer; start (1, d). The vector is bf16. Yields (seconds of training so far, step, vector) every so many steps.
+    full, rows: what teacher and student read before the answer; start (1, d). The vector is bf16. Yields it after each step.
     """
     be = torch.nn.Parameter(start.to(model.device, torch.bfloat16))
     optimizer, rng = torch.optim.AdamW([be], lr=lr, weight_decay=0), random.Random(seed)
-    seconds, step, stop = 0.0, 0, set(stop.tolist())
     while True:
-        began = clock(model.device)
-        for _ in range(every):
-            i, answer, z_teacher = rng.randrange(len(rows)), [], []
-            for token, z in plain(model, [full[i]], start.to(model.device), limit):
-                answer.append(token.item())
-                z_teacher.append(z)
-                if answer[-1] in stop:
-                    break
-            ids = torch.tensor([rows[i] + answer[:-1]], device=model.device)                        # (1, T)
-            with autocast(model):
-                z = model(inputs_embeds=embed(model, ids, be), use_cache=False).logits[0, len(rows[i]) - 1:]
-                loss = full_loss(z, torch.cat(z_teacher), tau).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        seconds, step = seconds + clock(model.device) - began, step + every
-        yield seconds, step, be.detach().float()
+        i, answer, z_teacher = rng.randrange(len(rows)), [], []
+        for token, z in plain(model, [full[i]], be.detach(), limit):
+            answer.append(token.item())
+            z_teacher.append(z)
+            if answer[-1] in stop:
+                break
+        ids = torch.tensor([rows[i] + answer[:-1]], device=model.device)                            # (1, T)
+        z = model(inputs_embeds=embed(model, ids, be), use_cache=False).logits[0, len(rows[i]) - 1:]                         # (t, V)
+        optimizer.zero_grad()
+        full_loss(z, torch.cat(z_teacher), tau).mean().backward()
+        optimizer.step()
+        yield be.detach().float()
 
 
-def kd_step(model, rows, answers, target, be, optimizer, full=False, tau=2.0):
-    """One step of stage 2's loop: every row in one pass, L_KD, the gradient of be, the optimizer. full=True makes the logits of all tokens at once."""
-    weight, learned = model.get_output_embeddings().weight, be.detach().requires_grad_()
-    with autocast(model):
-        hidden = answer_hidden(model, rows, answers, learned)                                       # (sum T, d)
-        target = target.to(hidden)
-        losses = full_loss(hidden @ weight.T, target @ weight.T, tau) if full else token_loss(hidden, weight, target, tau)
-    losses.mean().backward()
-    be.grad = learned.grad
+def kd_step(model, rows, answers, hidden, be, optimizer, micro, full=False, tau=2.0):
+    """One step of stage 2's loop in passes of `micro` rows, whose gradients add up: L_KD against the teacher's hidden states. full: the logits of a pass at once."""
+    weight, tokens = model.get_output_embeddings().weight, sum(map(len, answers))
+    optimizer.zero_grad()
+    for i in range(0, len(rows), micro):
+        student = answer_hidden(model, rows[i:i + micro], answers[i:i + micro], be)                 # (sum T, d)
+        teacher = torch.cat(hidden[i:i + micro]).to(student)
+        losses = full_loss(student @ weight.T, teacher @ weight.T, tau) if full else token_loss(student, weight, teacher, tau)
+        (losses.sum() / tokens).backward()
     optimizer.step()
-    return losses.mean().item()
 
 
 # --- measuring
@@ -426,107 +420,77 @@ def clock(device):
     return time.perf_counter()
 
 
-def autocast(model):
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda" and model.dtype == torch.bfloat16)
+def rate(device, run):
+    """Run it -> (what it returned, a second,)"""
+    began = clock(device)
+    return (run() / (clock(device) - began),)
 
 
-def resident(device, reset=False):
-    """(bytes held now, the most that was held since the last reset): of the allocator on CUDA, else of this process. getrusage's peak would be the parent's where that is larger."""
+def peak_bytes(device, run):
+    """Run it -> (the bytes it needed at most beyond those held before, the most bytes held): of the allocator on CUDA, else of this process, as Linux counts it."""
     if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if not status.exists():
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return peak, peak
-    if reset:
-        with contextlib.suppress(OSError):                                                           # not allowed in every container; then loading may hide a small step
-            Path("/proc/self/clear_refs").write_text("5")
-    kilobytes = dict(re.findall(r"^(VmRSS|VmHWM):\s+(\d+)", status.read_text(), re.M))
-    return 1024 * int(kilobytes["VmRSS"]), 1024 * int(kilobytes["VmHWM"])
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)                                                             # what earlier runs have freed goes back to the system
+        Path("/proc/self/clear_refs").write_text("5")                                                # the peak counts from here
+        before = int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+        run()
+        peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    return max(4096, peak - before), peak                                                            # a page at least, for the ratio's sake
 
 
-def stats(values):
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
+def pairs(figures, runs, repeats, warm=0, **more):
+    """Measure two runs in alternating pairs -> a row for each figure. runs: {name: function}; each returns a number for each of figures: (what, unit, "high" or "low" is better).
 
-
-def pair(what, unit, values, better):
-    """A figure measured in alternating pairs. values: {name: its values, in the order of the pairs}, two of them. ratio: by how much the first is better."""
-    (_, a), (_, b) = values.items()
-    ratio = [x / y if better == "high" else y / x for x, y in zip(a, b)]
-    return {"what": what, "unit": unit, "better": better, **{name: stats(v) for name, v in values.items()}, "ratio": stats(ratio)}
-
-
-def alternate(device, runs, repeats, warm=1):
-    """runs: {name: function of the pair's number}. All in turn, the order turned round each time, `warm` times unmeasured -> {name: [(seconds, what the function returned), ...]}"""
-    found = {name: [] for name in runs}
-    for n in range(warm):
-        for run in runs.values():
-            run(n)
-    for n in range(repeats):
+    The order turns round each time; `warm` pairs come before, unmeasured. ratio: by how much the first run is better, pair by pair. more: what else a row is to say.
+    """
+    found, rows = {name: [] for name in runs}, []
+    for n in range(-warm, repeats):
         for name in list(runs)[::1 if n % 2 == 0 else -1]:
-            began = clock(device)
-            result = runs[name](n)
-            found[name].append((clock(device) - began, result))
-    return found
+            numbers = runs[name]()
+            found[name] += [numbers] * (n >= 0)
+    for i, (what, unit, better) in enumerate(figures):
+        values = {name: [numbers[i] for numbers in v] for name, v in found.items()}
+        values["ratio"] = [a / b if better == "high" else b / a for a, b in zip(*values.values())]
+        row = {name: {"median": statistics.median(v), "min": min(v), "max": max(v), "n": len(v)} for name, v in values.items()}
+        print(f"{what}, {unit}:", "; ".join("{} {median:.4g} ({min:.4g} to {max:.4g}), n = {n}".format(name, **v) for name, v in row.items()), more, flush=True)
+        rows.append({"what": what, "unit": unit, "better": better, **row, **more})
+    return rows
 
 
-def watch(command, threads=0):
-    """Run a command line from this folder; yields (seconds since its start, a line or one state of a progress bar). Left early, it is stopped by SIGTERM."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads or torch.get_num_threads()), "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "0"}
-    began, tail = time.perf_counter(), b""
-    child = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
-    last, done = [], False
+def saves(command, out, threads=0):
+    """Run a script; yields the seconds from its start to each time that it has saved `out`, a new file. Left early (close), the script is stopped."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads or torch.get_num_threads())}
+    log, began, seen = Path(f"{out}.log"), time.time(), 0.0
+    with log.open("w") as f:
+        child = subprocess.Popen([sys.executable, *map(str, command)], stdout=f, stderr=subprocess.STDOUT, env=environment)
     try:
-        while chunk := os.read(child.stdout.fileno(), 65536):
-            *whole, tail = re.split(rb"[\r\n]+", tail + chunk)
-            for text in [*whole, tail]:                                                              # a bar's state ends with the next one's start: the tail is yielded as it stands
-                yield time.perf_counter() - began, text.decode(errors="replace")
-            last = [*last, *(x.decode(errors="replace") for x in whole if x)][-3:]
-        done = True
-        if child.wait() != 0:
-            fail(f"{Path(command[0]).name} failed ({child.returncode}); its last lines: {' | '.join(last)}", code=1)
-        yield time.perf_counter() - began, ""
+        while True:
+            running = child.poll() is None                                                           # asked first: a save after this one is not missed
+            if out.exists() and out.stat().st_mtime != seen:
+                seen = out.stat().st_mtime
+                yield seen - began
+            elif running:
+                time.sleep(0.005)
+            else:
+                break
+        if child.returncode:
+            fail(f"{Path(command[0]).name} failed ({child.returncode}); its last words: {log.read_text()[-300:]}", code=1)
     finally:
-        if not done:
-            child.terminate()
-            try:
-                child.communicate(timeout=60)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.communicate()
+        child.terminate()
+        child.wait()
 
 
-def bar_stamps(pieces, name):
-    """{steps done: seconds at which the progress bar of this name first showed them}"""
-    stamps = {}
-    for seconds, text in pieces:
-        if found := re.match(re.escape(name) + r": +\d+%.*?\| (\d+)/\d+ \[", text):
-            stamps.setdefault(int(found[1]), seconds)
-    return stamps
-
-
-def teacher_seconds(pieces):
-    """The seconds between the teacher's progress bar and its line of result, summed over prompts."""
-    total, began = 0.0, None
-    for seconds, text in pieces:
-        if text.startswith("teacher:") and "answers found" in text:
-            total, began = total + (seconds - began if began is not None else 0), None
-        elif text.startswith("teacher:") and "%|" in text and began is None:
-            began = seconds
-    return total
-
-
-def reached(curve, target):
-    """The first point of [(seconds, step, gap closed), ...] at which the gap closed is at least the target, or None."""
-    return next((point for point in curve if point[2] >= target), None)
-
-
-def kv_bytes(config, tokens, size):
-    """Bytes of keys and values that one sequence keeps: two of (kv heads, tokens, head size) a layer, `size` bytes a number."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head * tokens * size
+def machine(device, dtype, attention):
+    """Where the figures come from; those of two machines, or of two versions, do not stand in one file."""
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text())[:1] if cpuinfo.exists() else []
+    return {"cpu": (cpu or [platform.processor()])[0], "cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": f"{platform.system()} {platform.machine()}",
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type, "dtype": str(dtype)[6:], "attention": attention,
+            "python": platform.python_version(), "torch": str(torch.__version__), "transformers": transformers.__version__}
 
 
 def cut(messages, pieces):
@@ -536,305 +500,224 @@ def cut(messages, pieces):
     return [" ".join(words[i * len(words) // pieces:(i + 1) * len(words) // pieces]) for i in range(pieces)]
 
 
-def machine(device, dtype, attention):
-    cpu = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M) if Path("/proc/cpuinfo").exists() else None
-    return {"cpu": cpu[1] if cpu else platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "system": f"{platform.system()} {platform.machine()}",
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type, "dtype": str(dtype)[6:], "attention": attention,
-            "python": platform.python_version(), "torch": str(torch.__version__), "transformers": transformers.__version__}
-
-
-# --- the items; each returns its rows
-
 def examples(c, path, count):
     """A prompt and the first `count` questions (from the start again where they are fewer) -> what is fed before the answer: full rows, rows with [BE]."""
-    tokenizer, messages = c.load()[1], read_prompt(path)
-    turns = [[{"role": "user", "content": c.queries[i % len(c.queries)]}] for i in range(count)]
-    return [chat_ids(tokenizer, messages + t) for t in turns], [layout_ids(tokenizer, "chat", [-1], t) for t in turns]
+    messages, turns = read_prompt(path), [[{"role": "user", "content": c.queries[i % len(c.queries)]}] for i in range(count)]
+    return [chat_ids(c.tokenizer, messages + t) for t in turns], [layout_ids(c.tokenizer, "chat", [-1], t) for t in turns]
+
+
+def teacher(c, full):
+    """The teacher's answers to full rows, and the hidden states they came from."""
+    said = sorted(generate(c.model, full, c.stop, c.args.answer_tokens), key=lambda x: x[0])
+    return [answer for _, answer, _ in said], [hidden for _, _, hidden in said]
 
 
 def noise(model, seed):
     """Stage 2's random start: at the mean of the embedding table, at its scale -> (1, d) fp32."""
     table = model.get_input_embeddings().weight.detach().float().cpu()
-    return table.mean(0) + table.std(0) * torch.randn(1, table.shape[1], generator=torch.Generator().manual_seed(seed))
+    return (table.mean(0) + table.std(0) * torch.randn(1, table.shape[1], generator=torch.Generator().manual_seed(seed))).to(model.device)
 
 
-@contextlib.contextmanager
-def attention_for(c, tokens):
-    """Eager attention over more than 1,024 tokens is slow on a CPU and keeps (heads, T, T): SDPA there, as in stage 2. Yields the name of what is used."""
-    model = c.load()[0]
+def attend(c, tokens):
+    """Eager attention over more than 1,024 tokens is slow on a CPU and keeps (heads, T, T): SDPA there, as in stage 2 -> the name of what is used."""
     name = "sdpa" if c.device.type == "cpu" and tokens > 1024 else c.attention
-    model.set_attn_implementation(name)
-    yield name
-    model.set_attn_implementation(c.attention)
+    c.model.set_attn_implementation(name)
+    return name
 
+
+# --- the items; each returns its rows
 
 def time_to_quality(c):
-    """Item 1. Looking at the held-out queries is counted for neither; starting, loading the model and answering the held-out queries is counted for ours only."""
-    args, (model, tokenizer), every, rows = c.args, c.load(), 10, []
+    """Item 1. Ours pays for all of it: its start, the model, the teacher's answers and the looks at the held-out queries; the naive recipe for its training steps alone."""
+    args, every, ours, out = c.args, 5 if c.args.quick else 20, [], c.folder / "be.pt"
     (c.folder / "p.json").write_text(json.dumps({"messages": read_prompt(args.prompt)}))             # alone: no test questions, they are no part of training
-    (c.folder / "p.queries.txt").write_text("\n".join(c.queries))
-    out, ours, seen = c.folder / "be.pt", [], None
-    pieces = watch([HERE / "stage2_kd.py", "--prompt", c.folder / "p.json", "--out", out, "--init", "random", "--lam", 1, "--held-out", 0.15, "--answer-tokens", args.answer_tokens,
-                    "--eval-every", every, "--steps", args.steps, *c.common])
-    heard = []
-    for seconds, text in pieces:
-        heard.append((seconds, text))
-        if out.exists() and out.stat().st_mtime_ns != seen:                                          # saved right after each look at the held-out queries
-            seen, a = out.stat().st_mtime_ns, torch.load(out, weights_only=True)
-            step = max(row["step"] + 1 for row in a["history"] if "held-out KL" in row)
-            if not ours or step > ours[-1][1]:
-                ours.append((seconds, step, a["metrics"]["held_out_gap_closed"]))
-        if reached(ours, args.target):
+    running = saves([HERE / "stage2_kd.py", "--prompt", c.folder / "p.json", "--queries", c.questions, "--out", out, "--init", "random", "--lam", 1, "--held-out", 0.15,
+                     "--answer-tokens", args.answer_tokens, "--eval-every", every, "--steps", args.steps, *c.common], out)
+    for seconds in running:
+        a = torch.load(out, weights_only=True)
+        if not ours or a["step"] > ours[-1][1]:                                                      # the last save, after the table of controls, adds no step
+            ours.append((seconds, a["step"], a["metrics"]["held_out_gap_closed"]))
+        if ours[-1][2] >= args.target:
             break
-    pieces.close()
-    if not ours:
-        fail("item 1: stage2_kd.py ended without a look at the held-out queries; expected one every 10 steps, so --steps must be at least 10", code=1)
+    running.close()
+    print(f"ours, seconds, steps and gap closed: {ours[-1]}", flush=True)
 
-    # the same held-out queries, and the teacher's answers to them; not counted for the naive recipe
-    order = list(c.queries)
-    random.Random(args.seed).shuffle(order)
-    turns = [[{"role": "user", "content": q}] for q in order]
-    full, be_rows = [chat_ids(tokenizer, read_prompt(args.prompt) + t) for t in turns], [layout_ids(tokenizer, "chat", [-1], t) for t in turns]
-    n = min(32, max(1, round(len(order) * 0.15)))
-    held = {i: (answer, hidden) for i, answer, hidden in generate(model, full[:n], c.stop, args.answer_tokens)}
-    answers, hidden, looking = [held[i][0] for i in range(n)], [held[i][1] for i in range(n)], []
+    # the same held-out queries, and the teacher's answers to them
+    random.Random(args.seed).shuffle(c.queries)
+    n = min(32, max(1, round(len(c.queries) * 0.15)))
+    full, be_rows = examples(c, args.prompt, len(c.queries))
+    empty = [[x for x in row if x >= 0] for row in be_rows[:n]]
+    answers, hidden = teacher(c, full[:n])
 
-    def kl(fed, vector):
-        began = clock(c.device)
-        total, _, tokens = evaluate(model, fed, answers, hidden, vector.to(c.device)).sum(0).tolist()
-        looking.append(clock(c.device) - began)
+    def kl(rows, vector):
+        total, _, tokens = evaluate(c.model, rows, answers, hidden, vector.to(c.device)).sum(0).tolist()
         return total / tokens
 
-    none = kl([layout_ids(tokenizer, "chat", [], t) for t in turns[:n]], noise(model, 0))
-    check = 1 - kl(be_rows[:n], a["vector"]) / none                                                  # the two sides must mean the same by gap closed
-    runs = {lr: naive(model, full[n:], be_rows[n:], c.stop, args.answer_tokens, noise(model, args.seed), lr, args.seed, every) for lr in args.naive_lr}
-    curves = {lr: [] for lr in runs}
+    none, start = kl(empty, a["vector"]), noise(c.model, args.seed)
+    runs = {lr: naive(c.model, full[n:], be_rows[n:], c.stop.tolist(), args.answer_tokens, start, lr, args.seed) for lr in args.naive_lr}
+    curves = {lr: [(0.0, 0, 0.0)] for lr in runs}
 
-    def go_on(lr, steps):
-        curve = curves[lr]
-        while not reached(curve, args.target) and (not curve or curve[-1][1] < steps and curve[-1][0] < 60 * args.naive_minutes):
-            seconds, step, vector = next(runs[lr])
-            gap = 1 - kl(be_rows[:n], vector) / none
-            curve.append((seconds, step, max([gap if math.isfinite(gap) else -math.inf, *(p[2] for p in curve[-1:])])))      # the best so far, as stage 2 keeps it
-            print(f"naive, lr {lr}: step {step}, {seconds:.0f} s, gap closed {curve[-1][2]:.3f}", flush=True)
+    def go_on(lr):
+        began, (seconds, step, gap) = clock(c.device), curves[lr][-1]
+        for _ in range(every):
+            vector = next(runs[lr])
+        seconds += clock(c.device) - began
+        curves[lr].append((seconds, step + every, max(gap, 1 - kl(be_rows[:n], vector) / none)))     # the best so far, as stage 2 keeps it
+        print(f"naive, lr {lr}, seconds, steps and gap closed: {curves[lr][-1]}", flush=True)
 
     for lr in runs:
-        go_on(lr, args.naive_tune)
+        while curves[lr][-1][1] < args.naive_tune:
+            go_on(lr)
     best = max(curves, key=lambda lr: curves[lr][-1][2])
-    go_on(best, math.inf)
-    look = statistics.median(looking)
-    ours = [(seconds - (i + 2) * look, step, gap) for i, (seconds, step, gap) in enumerate(ours)]    # one look before the first step, one at each point
-    own = {"held_out_gap_closed_here": check, "teacher_seconds": teacher_seconds(heard), "batch": a["config"]["batch"], "lr": a["config"]["lr"]}
-    for name, curve, more in [("ours", ours, own),
-                              *((f"naive, lr {lr}", curves[lr], {"batch": 1, "lr": lr, "chosen": lr == best}) for lr in curves)]:
-        end = reached(curve, args.target) or curve[-1]
-        rows.append({"what": name, "reached": end[2] >= args.target, "seconds": end[0], "step": end[1], "gap_closed": end[2], **more, "n": 1, "curve": curve})
-    by = (reached(curves[best], args.target) or curves[best][-1])[0] / (reached(ours, args.target) or ours[-1])[0]
-    rows.append({"what": "all", "target": args.target, "naive_seconds_by_ours": by,
-                 "ours_reached": bool(reached(ours, args.target)), "naive_reached": bool(reached(curves[best], args.target)),
-                 "evaluation_seconds_each_not_counted": stats(looking), "held_out_queries": n, "kl_no_prompt": none})
-    return rows
+    while curves[best][-1][2] < args.target and curves[best][-1][0] < 60 * args.naive_minutes:
+        go_on(best)
+
+    rows = [{"what": "ours", "curve": ours, "batch": a["config"]["batch"], "lr": a["config"]["lr"], "held_out_gap_closed_here": 1 - kl(be_rows[:n], a["vector"]) / none}]
+    rows += [{"what": f"naive, lr {lr}", "curve": curve, "batch": 1, "lr": lr, "chosen": lr == best} for lr, curve in curves.items()]
+    for row in rows:
+        row["seconds"], row["step"], row["gap_closed"] = row["curve"][-1]
+        row |= {"reached": row["gap_closed"] >= args.target, "n": 1}
+    return rows + [{"what": "time to quality", "target": args.target, "naive_seconds_by_ours": curves[best][-1][0] / ours[-1][0], "held_out_queries": n, "kl_no_prompt": none}]
 
 
 def step_throughput(c):
-    """Item 2. Tokens are those that the rows hold, pads not counted: the bound runs the same number, in as many rows of one length."""
-    args, (model, _), sizes = c.args, c.load(), 1 if c.args.quick else 2
-    full, be_rows = examples(c, args.prompt, sizes * args.batch)
-    said = {i: (answer, hidden) for i, answer, hidden in generate(model, full, c.stop, args.answer_tokens)}
-    be = torch.nn.Parameter(noise(model, args.seed).to(c.device))
+    """Item 2. Tokens are those that the rows hold, pads not counted: the bound runs the same number, in as many rows of one length and one pass."""
+    args, body, be = c.args, c.model.get_decoder(), torch.nn.Parameter(noise(c.model, c.args.seed))
+    full, be_rows = examples(c, args.prompt, args.batch)
+    rows, answers, hidden = zip(*sorted(zip(be_rows, *teacher(c, full)), key=lambda x: len(x[0]) + len(x[1])))              # like lengths together, as in stage 2
+    tokens = sum(len(r) + len(a) - 1 for r, a in zip(rows, answers))
+    ids = torch.randint(c.model.config.vocab_size, (args.batch, math.ceil(tokens / args.batch))).to(c.device)
+    embeds = c.model.get_input_embeddings()(ids).requires_grad_()
     optimizer = torch.optim.AdamW([be], lr=1e-3, weight_decay=0)
-    body, batches = model.get_decoder(), []
-    for n in range(sizes):
-        part = range(n * args.batch, (n + 1) * args.batch)
-        rows, answers = [be_rows[i] for i in part], [said[i][0] for i in part]
-        tokens = sum(len(r) + len(a) - 1 for r, a in zip(rows, answers))
-        ids = torch.randint(model.config.vocab_size, (args.batch, math.ceil(tokens / args.batch)), generator=torch.Generator().manual_seed(n)).to(c.device)
-        batches.append((rows, answers, torch.cat([said[i][1] for i in part]), tokens, model.get_input_embeddings()(ids)))
 
-    def step(n):
-        rows, answers, target, tokens, _ = batches[n % sizes]
-        kd_step(model, rows, answers, target, be, optimizer)
+    def step():
+        kd_step(c.model, rows, answers, hidden, be, optimizer, args.micro_batch)
         return tokens
 
-    def bound(n):
-        *_, tokens, embeds = batches[n % sizes]
-        with autocast(model):
-            hidden = body(inputs_embeds=embeds.requires_grad_(), use_cache=False).last_hidden_state
-        torch.autograd.grad(hidden, embeds, torch.ones_like(hidden))
+    def bound():
+        h = body(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        torch.autograd.grad(h, embeds, torch.ones_like(h))
         return tokens
 
-    found = alternate(c.device, {"stage 2 step": step, "bare body": bound}, 4 * args.repeats, warm=sizes)
-    row = pair("training step", "tokens a second", {name: [tokens / s for s, tokens in v] for name, v in found.items()}, "high")
-    return [row | {"batch": args.batch, "tokens": [b[3] for b in batches], "padded_tokens": [len(b[0]) * max(len(r) + len(x) - 1 for r, x in zip(b[0], b[1])) for b in batches],
-                   "answer_tokens": [sum(map(len, b[1])) for b in batches]}]
-
-
-def memory_child(args):
-    """One step of stage 2 with answers of 128 tokens in this fresh process, and what memory it took; the answers are random, which takes as much."""
-    c = context(args, None)
-    model, _ = c.load()
-    _, be_rows = examples(c, args.prompt, args.batch)
-    rng, d = torch.Generator().manual_seed(args.seed), model.get_input_embeddings().weight.shape[1]
-    length = 16 if args.quick else 128
-    answers = torch.randint(model.config.vocab_size, (args.batch, length), generator=rng).tolist()
-    target = torch.randn(args.batch * length, d, generator=rng).to(c.device, model.dtype)
-    be = torch.nn.Parameter(noise(model, args.seed).to(c.device))
-    optimizer = torch.optim.AdamW([be], lr=1e-3, weight_decay=0)
-    kd_step(model, be_rows[:1], [answers[0][:1]], target[:1], be, optimizer)                         # the weights are mapped from their file: now they are all in memory
-    before, started_at = resident(c.device, reset=True)
-    kd_step(model, be_rows, answers, target, be, optimizer, full=args.memory_of == "full")
-    print(json.dumps({"before": before, "peak_before": started_at, "peak": resident(c.device)[1], "answer_tokens": length}))
+    return pairs([("training step", "tokens a second", "high")], {"stage 2 step": lambda: rate(c.device, step), "bare body": lambda: rate(c.device, bound)}, 4 * args.repeats, warm=1,
+                 batch=args.batch, micro_batch=args.micro_batch, tokens=tokens, answer_tokens=sum(map(len, answers)))
 
 
 def memory(c):
-    """Item 3. Peak memory of the process (CPU) or of the allocator (CUDA), less what was there before the step, in a fresh process each."""
-    def child(kind):
-        return lambda n: json.loads([text for _, text in watch([HERE / "bench.py", "--memory-of", kind, "--prompt", c.args.prompt, "--batch", c.args.batch, *c.common,
-                                                                *["--quick"] * c.args.quick]) if text.startswith('{"before"')][-1])
-    found = {name: [x for _, x in v] for name, v in alternate(c.device, {"chunks": child("chunks"), "full logits": child("full")}, c.args.repeats, warm=0).items()}
-    more = {"batch": c.args.batch, "answer_tokens": found["chunks"][0]["answer_tokens"]}
-    return [pair("memory of a training step", "bytes", {name: [max(4096, x["peak"] - x["before"]) for x in v] for name, v in found.items()}, "low") | more,
-            pair("peak memory of the process", "bytes", {name: [x["peak"] for x in v] for name, v in found.items()}, "low") | more
-            | {"peak_before_the_step": max(x["peak_before"] for v in found.values() for x in v)}]
+    """Item 3. Ours as stage2_kd.py runs, in passes of --micro-batch queries; the other as one would write it first, the whole batch in one pass. Random answers take as much."""
+    args, length, be = c.args, 16 if c.args.quick else 128, torch.nn.Parameter(noise(c.model, c.args.seed))
+    if c.device.type != "cuda" and not os.access("/proc/self/clear_refs", os.W_OK):
+        return [{"what": "memory of a training step", "skipped": "needs CUDA, or Linux with /proc/self/clear_refs"}]
+    _, rows = examples(c, args.prompt, args.batch)
+    answers = torch.randint(c.model.config.vocab_size, (args.batch, length)).tolist()
+    hidden, optimizer = [torch.randn(length, be.shape[1]) for _ in rows], torch.optim.AdamW([be], lr=1e-3, weight_decay=0)
+    kd_step(c.model, rows[:1], answers[:1], hidden[:1], be, optimizer, 1)                            # the weights are mapped from their file: now they are all in memory
+
+    def step(micro, full):
+        return lambda: peak_bytes(c.device, lambda: kd_step(c.model, rows, answers, hidden, be, optimizer, micro, full))
+
+    return pairs([("memory of a training step", "bytes", "low"), ("peak memory, weights and all", "bytes", "low")],
+                 {f"passes of {args.micro_batch}, loss in chunks": step(args.micro_batch, False), f"one pass of {args.batch}, full logits": step(args.batch, True)}, args.repeats,
+                 batch=args.batch, micro_batch=args.micro_batch, answer_tokens=length)
 
 
 def teacher_pass(c):
-    """Item 4. Nobody stops early, so both make as many tokens a query. The rate without a cache does not depend on the number of queries: one batch of them is timed."""
-    args, (model, _), rows = c.args, c.load(), []
-    count, limit = (4, 4) if args.quick else (16, args.answer_tokens)
+    """Item 4. Ours over all queries, which share the prompt; the other over one batch of them, each with the prompt to encode: more would not change its rate. Nobody stops early."""
+    args, rows, nowhere = c.args, [], torch.tensor([], dtype=torch.int64)
     for path in args.prompts[:2]:
-        full, _ = examples(c, path, count)
-        n = min(len(os.path.commonprefix(full)), min(map(len, full)) - 1)
-        size = max(1, min(32, count, 16000 // (n + limit)))                                          # as in generate
-        empty, prefix = torch.tensor([], dtype=torch.int64), torch.tensor([full[0][:n]], device=c.device)
+        full, _ = examples(c, path, args.teacher_queries)
+        n = len(os.path.commonprefix(full))
+        sample, attention = full[:max(1, min(32, 16000 // (n + args.answer_tokens)))], attend(c, n)   # as large a batch as ours has in generate
 
-        def cached(_):
-            return sum(len(answer) for _, answer, _ in generate(model, full, empty, limit))
+        def cached():
+            return sum(len(answer) for _, answer, _ in generate(c.model, full, nowhere, args.answer_tokens))
 
-        def uncached(_):
-            return sum(ids.numel() for ids, _ in plain(model, full[:size], noise(model, 0).to(c.device), limit))
+        def uncached():
+            return sum(len(ids) for ids, _ in plain(c.model, sample, noise(c.model, 0), args.answer_tokens))
 
-        def once(_):
-            with torch.no_grad():
-                model.get_decoder()(input_ids=prefix, use_cache=True)
-
-        with attention_for(c, n) as attention:
-            found = alternate(c.device, {"prefix cache": cached, "no cache": uncached, "prefix": once}, args.repeats if n <= 1024 else max(1, args.repeats - 1), warm=0)
-        seconds = found.pop("prefix")
-        rows.append(pair("teacher's answers", "tokens a second", {name: [tokens / s for s, tokens in v] for name, v in found.items()}, "high")
-                    | {"prompt_tokens": n, "queries": count, "batch": size, "answer_tokens": limit, "attention": attention, "seconds_for_the_prefix": stats([s for s, _ in seconds])})
+        runs = {f"prefix cache, {len(full)} queries": lambda: rate(c.device, cached), f"no cache, {len(sample)} queries": lambda: rate(c.device, uncached)}
+        rows += pairs([("teacher's answers", "tokens a second", "high")], runs, args.repeats,
+                      prompt_tokens=n, batch=len(sample), answer_tokens=args.answer_tokens, attention=attention)
     return rows
 
 
 def serving(c):
     """Item 5. Nothing is shared between the sequences of a batch, as in a server without a prefix cache."""
-    args, (model, _), rows = c.args, c.load(), []
-    new, vector = 4 if args.quick else 16, noise(model, args.seed).to(c.device)
+    args, rows, vector = c.args, [], noise(c.model, c.args.seed)
+    new, batches = (4, (1, 2)) if args.quick else (16, (1, 8))
+    figures = [("time to first token", "seconds", "low"), ("throughput", "new tokens a second", "high")]
 
     def serve(fed):
-        def run(_):
-            began, first = clock(c.device), None
-            for _ in plain(model, fed, vector, new):
-                first = first or clock(c.device) - began
-            return first
-        return run
-
-    def held(row):
-        with torch.no_grad():
-            cache = model.get_decoder()(inputs_embeds=embed(model, torch.tensor([row], device=c.device), vector), use_cache=True).past_key_values
-        return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+        began, stamps = clock(c.device), [clock(c.device) for _ in plain(c.model, fed, vector, new)]
+        return stamps[0] - began, len(fed) * new / (stamps[-1] - began)
 
     for path in args.prompts:
-        for batch in (1, 2) if args.quick else (1, 8):
+        for batch in batches:
             full, be_rows = examples(c, path, batch)
-            more = {"prompt_tokens": len(full[0]) - len(be_rows[0]) + 1, "batch": batch, "new_tokens": new}
-            with attention_for(c, len(full[0])) as attention:
-                found = alternate(c.device, {"[BE]": serve(be_rows), "full prompt": serve(full)},
-                                  args.repeats if batch == 1 else max(1, args.repeats - 1), warm=batch == 1 and not args.quick)
-                if batch == 1:
-                    saved = held(full[0]) - held(be_rows[0])
-                    computed = kv_bytes(model.config, len(full[0]) - len(be_rows[0]), model.dtype.itemsize)
-                    rows.append({"what": "KV memory saved a sequence", "unit": "bytes", "computed": computed, "in the cache": saved, "prompt_tokens": more["prompt_tokens"], "n": 1})
-            rows.append(pair("time to first token", "seconds", {name: [first for _, first in v] for name, v in found.items()}, "low") | more | {"attention": attention})
-            rows.append(pair("throughput", "new tokens a second", {name: [batch * new / s for s, _ in v] for name, v in found.items()}, "high") | more | {"attention": attention})
+            saved, attention = len(full[0]) - len(be_rows[0]), attend(c, len(full[0]))
+            rows += pairs(figures, {"[BE]": lambda: serve(be_rows), "full prompt": lambda: serve(full)}, args.repeats, warm=int(batch == 1),
+                          prompt_tokens=saved + 1, batch=batch, new_tokens=new, attention=attention)
+        with torch.no_grad():
+            cache = c.model.get_decoder()(input_ids=torch.tensor([full[0][:saved]], device=c.device), use_cache=True).past_key_values
+        kept = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+        rows.append({"what": "KV memory saved a sequence", "unit": "bytes", "in the cache": kept, "prompt_tokens": saved + 1})
     return rows
 
 
 def many_prompts(c):
-    """Item 6. Runs of stage 2 alone and together, in turn. Alone, b prompts take the sum of their runs."""
-    args, rows, alone = c.args, [], []
-    count, steps, limit, queries = (4, 4, 4, 8) if args.quick else (16, 12, 16, 16)
-    (c.folder / "q.txt").write_text("\n".join(c.queries[:queries]))
-    for i, text in enumerate(cut(read_prompt(args.prompts[-1]), count)):
+    """Item 6. Runs of stage 2 alone and together, in turn. Alone, b prompts take the sum of their runs. Training: the second half of the steps, with one look at the held-out queries."""
+    rows, alone = [], []
+    counts, steps, limit, queries = ((1, 4), 4, 4, 8) if c.args.quick else ((1, 4, 16), 12, 16, 16)
+    (c.folder / "few.txt").write_text("\n".join(c.queries[:queries]))
+    for i, text in enumerate(cut(read_prompt(c.args.prompts[-1]), counts[-1])):
         (c.folder / f"{i}.txt").write_text(text)
 
     def run(numbers):
-        out = Path(tempfile.mkdtemp(dir=c.folder))                                                   # an empty folder: no teacher's answers yet
-        pieces = list(watch([HERE / "stage2_kd.py", "--init", "random", "--lam", 1, "--queries", c.folder / "q.txt", "--held-out", 0.25, "--answer-tokens", limit,
-                             "--steps", steps, "--eval-every", steps, "--prompt", *(c.folder / f"{i}.txt" for i in numbers), "--out", *(out / f"{i}.pt" for i in numbers), *c.common]))
-        stamps = bar_stamps(pieces, "[BE] distil")
-        last = max((n for n in stamps if 0 < n < steps), default=steps)                              # before the look at the held-out queries in the last step
-        shutil.rmtree(out)
-        return {"total": pieces[-1][0], "teacher": teacher_seconds(pieces), "step": (stamps[last] - stamps[0]) / last}
+        folder, began = Path(tempfile.mkdtemp(dir=c.folder)), time.time()                            # an empty folder: no teacher's answers yet
+        outs = [folder / f"{i}.pt" for i in numbers]
+        stamps = [*saves([HERE / "stage2_kd.py", "--init", "random", "--lam", 1, "--queries", c.folder / "few.txt", "--held-out", 0.25, "--answer-tokens", limit, "--steps", steps,
+                          "--eval-every", steps // 2, "--prompt", *(c.folder / f"{i}.txt" for i in numbers), "--out", *outs, *c.common], outs[0])]
+        return {"whole run": time.time() - began, "training": stamps[1] - stamps[0]}
 
-    for b in (1, 4) if args.quick else (1, 4, 16):
+    for b in counts:
         alone += [run([i]) for i in range(len(alone), b)]
-        together, apart = run(range(b)), {key: sum(x[key] for x in alone) for key in ("total", "teacher", "step")}
-        rows.append({"what": f"{b} prompts", "unit": "seconds", "together": together, "one after the other": apart,
-                     "ratio": {key: apart[key] / together[key] for key in apart}, "n": 1, "b": b, "steps": steps, "queries": queries, "answer_tokens": limit})
-        print(f"{b} prompts: together {together}, one after the other {apart}", flush=True)
+        together, apart = run(range(b)), {key: sum(x[key] for x in alone) for key in alone[0]}
+        rows.append({"what": f"{b} prompts", "unit": "seconds", "together": together, "one after the other": apart, "ratio": {key: apart[key] / together[key] for key in apart},
+                     "n": 1, "b": b, "steps": steps, "queries": queries, "answer_tokens": limit})
+        print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
 def processes(c):
-    """Item 7. Stage 0 on texts of 64 tokens, 4 in a pass, 2 passes a step; the first step is left out, and the run is stopped when enough steps are timed."""
+    """Item 7. Stage 0 on texts of 64 tokens, 4 in a pass, 2 passes a step, between its first two saves, which lie `steps` steps and one look at the held-out text apart."""
     if c.device.type == "cuda" and torch.cuda.device_count() < 2:
         return [{"what": "stage 0", "skipped": "two processes need two GPUs"}]
-    words = cut([m for path in c.args.prompts for m in read_prompt(path)], 1)[0].split()
-    (c.folder / "texts.jsonl").write_text("".join(json.dumps({"text": " ".join(words[(7 * i + j) % len(words)] for j in range(80))}) + "\n" for i in range(60)))
-    steps = 2 if c.args.quick else 4
+    data, steps = c.folder / "texts.jsonl", 2 if c.args.quick else 4
+    words = cut([m for path in c.args.prompts for m in read_prompt(path)], 1)[0].split() * 100       # over and over, where the prompts are short
+    data.write_text("".join(json.dumps({"text": " ".join(words[80 * i:80 * i + 80])}) + "\n" for i in range(60)))
 
-    def texts(launcher):
-        def run(_):
-            pieces, out = [], Path(tempfile.mkdtemp(dir=c.folder)) / "ae.pt"
-            running = watch([*launcher, HERE / "stage0_ae.py", "--data", c.folder / "texts.jsonl", "--out", out, "--min-tokens", 64, "--max-tokens", 64, "--held-out", 1,
-                             "--batch", 4, "--accumulate", 2, "--steps", steps + 3, "--eval-every", steps + 3, *c.common], threads=1)
-            for piece in running:
-                pieces.append(piece)
-                stamps = {n: s for n, s in bar_stamps(pieces, "[AE]").items() if n > 0}
-                if stamps and max(stamps) - min(stamps) >= steps:
-                    break
-            running.close()
-            if len(stamps) < 2:
-                fail("item 7: stage0_ae.py showed no progress; run it by hand to see why", code=1)
-            return 8 * (max(stamps) - min(stamps)) / (stamps[max(stamps)] - stamps[min(stamps)])
-        return run
+    def speed(*launcher):
+        out = Path(tempfile.mkdtemp(dir=c.folder)) / "ae.pt"
+        running = saves([*launcher, HERE / "stage0_ae.py", "--data", data, "--out", out, "--min-tokens", 64, "--max-tokens", 64, "--held-out", 1, "--batch", 4, "--accumulate", 2,
+                         "--steps", 3 * steps, "--eval-every", steps, *c.common], out, threads=1)
+        first, second = next(running), next(running)
+        running.close()
+        return (8 * steps / (second - first),)
 
-    found = alternate(c.device, {"2 processes": texts(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]), "1 process": texts([])}, c.args.repeats, warm=0)
-    return [pair("stage 0", "texts a second", {name: [x for _, x in v] for name, v in found.items()}, "high") | {"tokens a text": 64, "steps": steps, "threads a process": 1}]
+    return pairs([("stage 0", "texts a second", "high")], {"2 processes": lambda: speed("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"), "1 process": speed},
+                 c.args.repeats, text_tokens=64, steps=steps, threads_a_process=1)
 
 
-# item: function, name, minutes on two slow cores, the settings that its figures depend on
+# item: function, name, the settings that its figures depend on
 ITEMS = {
-    1: (time_to_quality, "time to quality", 19, ["prompt", "answer_tokens", "steps", "target", "naive_lr", "naive_tune", "naive_minutes"]),
-    2: (step_throughput, "step throughput", 2, ["prompt", "repeats", "batch", "answer_tokens"]),
-    3: (memory, "peak memory", 2, ["prompt", "repeats", "batch"]),
-    4: (teacher_pass, "teacher pass", 4, ["prompt", "prompts", "repeats", "answer_tokens"]),
-    5: (serving, "serving", 4, ["prompt", "prompts", "repeats"]),
-    6: (many_prompts, "many prompts", 11, ["prompt", "prompts"]),
-    7: (processes, "two processes", 3, ["prompts", "repeats"]),
+    1: (time_to_quality, "time to quality", ["prompt", "answer_tokens", "steps", "target", "naive_lr", "naive_tune", "naive_minutes"]),
+    2: (step_throughput, "step throughput", ["prompt", "repeats", "batch", "micro_batch", "answer_tokens"]),
+    3: (memory, "peak memory", ["prompt", "repeats", "batch", "micro_batch"]),
+    4: (teacher_pass, "teacher pass", ["prompt", "prompts", "repeats", "answer_tokens", "teacher_queries"]),
+    5: (serving, "serving", ["prompt", "prompts", "repeats"]),
+    6: (many_prompts, "many prompts", ["prompt", "prompts"]),
+    7: (processes, "two processes", ["prompts", "repeats"]),
 }
-
-
-def show(row):
-    """A row of results as a line of text."""
-    if "ratio" in row and "median" in row["ratio"]:
-        names = [name for name, v in row.items() if isinstance(v, dict) and "median" in v and name not in ("ratio", "seconds_for_the_prefix")]
-        where = ", ".join(f"{row[key]} {word}" for key, word in (("prompt_tokens", "tokens of prompt"), ("batch", "a batch"), ("answer_tokens", "answer tokens")) if key in row)
-        return (f"{row['what']}" + f" ({where})" * bool(where) + f", {row['unit']}: "
-                + ", ".join("{} {:.4g} ({:.4g} to {:.4g})".format(name, row[name]["median"], row[name]["min"], row[name]["max"]) for name in names)
-                + "; {:.2f} times as good ({:.2f} to {:.2f}), n = {}".format(*(row["ratio"][key] for key in ("median", "min", "max", "n"))))
-    return json.dumps({key: v for key, v in row.items() if key != "curve"})
 
 
 def save(path, results):
@@ -852,95 +735,74 @@ def plots(path, items):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    stem = str(Path(path).with_suffix(""))
-    if "1" in items:
-        fig, ax = pyplot.subplots(figsize=(7, 4))
-        for row in items["1"]["rows"][:-1]:
-            ax.plot([p[0] for p in row["curve"]], [p[2] for p in row["curve"]], marker=".", label=row["what"])
-        ax.axhline(items["1"]["rows"][-1]["target"], color="gray", linewidth=0.5)
-        ax.set(xlabel="seconds", ylabel="held-out gap closed", title="time to quality", xscale="log")
+    for item, name in (("1", "quality"), ("5", "ttft")):
+        if item not in items:
+            continue
+        figure, ax = pyplot.subplots(figsize=(7, 4))
+        rows = items[item]["rows"]
+        if item == "1":
+            ax.set(title="time to quality", xlabel="seconds", ylabel="held-out gap closed")
+            for row in rows[:-1]:
+                ax.plot([p[0] for p in row["curve"]], [p[2] for p in row["curve"]], marker=".", label=row["what"])
+            ax.axhline(rows[-1]["target"], color="gray", linewidth=0.5)
+        else:
+            ax.set(title="time to first token", xlabel="tokens of prompt", ylabel="seconds, median and range", yscale="log")
+            rows = [row for row in rows if row["what"] == "time to first token"]
+            for batch, who in sorted({(row["batch"], who) for row in rows for who in ("full prompt", "[BE]")}):
+                x, y, low, high = zip(*((row["prompt_tokens"], row[who]["median"], row[who]["min"], row[who]["max"]) for row in rows if row["batch"] == batch))
+                ax.plot(x, y, marker="o", label=f"{who}, batch {batch}")
+                ax.fill_between(x, low, high, alpha=0.3)
         ax.legend()
-        fig.savefig(f"{stem}-quality.png", dpi=100, bbox_inches="tight")
-        pyplot.close(fig)
-    if "5" in items:
-        fig, ax = pyplot.subplots(figsize=(7, 4))
-        rows = [row for row in items["5"]["rows"] if row["what"] == "time to first token"]
-        for batch in dict.fromkeys(row["batch"] for row in rows):
-            for name, style in (("full prompt", "-o"), ("[BE]", "--o")):
-                part = sorted((row["prompt_tokens"], *(row[name][key] for key in ("median", "min", "max"))) for row in rows if row["batch"] == batch)
-                x, y, low, high = zip(*part)
-                ax.errorbar(x, y, [[a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]], fmt=style, capsize=3, label=f"{name}, batch {batch}")
-        ax.set(xlabel="tokens of prompt", ylabel="seconds to the first token", title="time to first token", yscale="log")
-        ax.legend()
-        fig.savefig(f"{stem}-ttft.png", dpi=100, bbox_inches="tight")
-        pyplot.close(fig)
-
-
-def context(args, folder):
-    """What the items share: settings, device, a folder for what the scripts write, the model once it is asked for, the questions."""
-    questions = Path(str(Path(args.prompt).with_suffix("")) + ".queries.txt")
-    if not questions.exists():
-        fail(f"--prompt {args.prompt}: expected its questions, one a line, in {questions}; write some there")
-    device, dtype, attention = pick_device(args.device, args.dtype)
-    model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
-    c = SimpleNamespace(args=args, folder=folder, device=device, dtype=dtype, attention=attention)
-    c.common = ["--model", model, "--seed", args.seed, "--device", args.device, "--dtype", args.dtype]              # of the command lines that it runs
-    c.queries = list(dict.fromkeys(q.strip() for q in questions.read_text(encoding="utf-8-sig").splitlines() if q.strip()))
-    if not c.queries:
-        fail(f"{questions}: expected questions, one a line, found none; write some there")
-
-    @functools.cache
-    def load():
-        model, tokenizer = load_frozen(args.model, device, dtype, attention, args.trust_remote_code)
-        ends = model.generation_config.eos_token_id
-        c.stop = torch.tensor(ends if isinstance(ends, list) else [ends if ends is not None else tokenizer.eos_token_id])
-        return model, tokenizer
-    c.load = load
-    return c
+        figure.savefig(Path(path).with_name(f"{Path(path).stem}-{name}.png"), dpi=100, bbox_inches="tight")
+        pyplot.close(figure)
 
 
 def main():
     args = settings()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))                          # what it runs is stopped on the way out
-    if args.memory_of:
-        return memory_child(args)
-    if args.quick:
-        args.repeats, args.steps, args.naive_tune, args.naive_minutes = 1, min(args.steps, 20), 10, min(args.naive_minutes, 1)
+    for n in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(n, lambda n, frame: sys.exit(128 + n))                                         # what it runs is stopped on the way out
     for path in [args.prompt, *args.prompts]:
         read_prompt(path)
-    results = {"items": {}}
+    questions = Path(args.prompt).with_suffix(".queries.txt")
+    queries = list(dict.fromkeys(filter(None, map(str.strip, questions.read_text(encoding="utf-8-sig").splitlines())))) if questions.exists() else []
+    if not queries:
+        fail(f"--prompt {args.prompt}: expected its questions, one a line, in {questions}; write some there")
+    results, old = {"items": {}}, []
     if Path(args.out).exists():
         try:
             results = json.loads(Path(args.out).read_text(encoding="utf-8"))
-            old = [x["machine"] for x in results["items"].values() if x["rows"] and x["settings"]]
+            old = [(item["settings"], item["rows"], item["machine"])[2] for item in results["items"].values()]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             fail(f"--out {args.out}: expected figures of an earlier run, found something else; give another --out")
-    with tempfile.TemporaryDirectory() as folder:
-        c = context(args, Path(folder))
-        here = machine(c.device, c.dtype, c.attention)
-        if results["items"] and any(x != here for x in old):
-            fail(f"--out {args.out}: its figures come from another machine or other versions ({next(x for x in old if x != here)}); give another --out")
-        todo = []
-        for item in sorted(set(args.only)):
-            _, name, minutes, uses = ITEMS[item]
-            wanted = {key: getattr(args, key) for key in ["model", "seed", "quick", *uses]}
-            if not args.again and results["items"].get(str(item), {}).get("settings") == wanted:
-                print(f"item {item}, {name}: in {args.out} already; --again measures it anew")
-            else:
-                todo.append((item, name, minutes, wanted))
-        if todo and not args.quick:
-            print(f"on two slow cores about: {', '.join(f'{name} {minutes} minutes' for _, name, minutes, _ in todo)}; in all {sum(x[2] for x in todo)}", flush=True)
-        for item, name, _, wanted in todo:
-            print(f"\nitem {item}, {name}", flush=True)
-            began, busy = time.perf_counter(), os.getloadavg()[0]
-            torch.manual_seed(args.seed)
-            rows = ITEMS[item][0](c)
-            results["items"][str(item)] = {"name": name, "settings": wanted, "machine": here, "load_before": busy, "seconds": time.perf_counter() - began, "rows": rows}
-            results["items"] = dict(sorted(results["items"].items()))
-            save(args.out, results)
-            plots(args.out, results["items"])
-            print("\n".join(map(show, rows)), flush=True)
+    device, dtype, attention = pick_device(args.device, args.dtype)
+    here = machine(device, dtype, attention)
+    for there in old:
+        if there != here:
+            fail(f"--out {args.out}: its figures come from another machine or other versions ({there}); give another --out")
+    model, tokenizer = load_frozen(args.model, device, dtype, attention, args.trust_remote_code)
+    ends = model.generation_config.eos_token_id
+    stop = torch.tensor(ends if isinstance(ends, list) else [ends if ends is not None else tokenizer.eos_token_id])
+    common = ["--model", args.model, "--seed", args.seed, "--device", args.device, "--dtype", args.dtype, *["--trust-remote-code"] * args.trust_remote_code]
+    for item in sorted(set(args.only)):
+        function, name, uses = ITEMS[item]
+        wanted = {key: getattr(args, key) for key in ["model", "seed", "quick", *uses]}
+        if not args.again and results["items"].get(str(item), {}).get("settings") == wanted:
+            print(f"item {item}, {name}: in {args.out} already; --again measures it anew")
+            continue
+        print(f"\nitem {item}, {name}", flush=True)
+        began, busy = time.perf_counter(), os.getloadavg()[0]
+        torch.manual_seed(args.seed)
+        model.set_attn_implementation(attention)
+        with tempfile.TemporaryDirectory() as folder:
+            c = SimpleNamespace(args=args, folder=Path(folder), device=device, attention=attention, model=model, tokenizer=tokenizer, stop=stop, common=common,
+                                queries=list(queries), questions=Path(folder) / "questions.txt")
+            c.questions.write_text("\n".join(queries), encoding="utf-8")
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and dtype == torch.bfloat16):     # as in stage 2
+                rows = function(c)
+        results["items"][str(item)] = {"name": name, "settings": wanted, "machine": here, "load_before": busy, "seconds": time.perf_counter() - began, "rows": rows}
+        results["items"] = dict(sorted(results["items"].items()))
+        save(args.out, results)
+        plots(args.out, results["items"])
     print(f"\n{args.out}: items {', '.join(results['items'])}")
 
 
