@@ -64,10 +64,11 @@ def exported():
     model, tokenizer = infer.load_frozen(str(ROOT / MODEL), CPU, torch.float32, "eager")
     table = model.get_input_embeddings().weight
     two = {**one, "layout": "block", "vector": table.mean(0) + table.std(0) * torch.randn(2, table.shape[1], generator=torch.Generator().manual_seed(0))}
-    torch.save(two, folder / "two.pt")
+    save = load_script("stage2_kd").save_artifact
+    save(folder / "two.pt", two)
     printed = script("export.py", be, folder / "two.pt", "--names", "pirate", "two", "--out", folder / "served", "--dtype", "fp32")
     script("export.py", be, "--prompt-embeds", folder / "pirate.json")
-    torch.save({**two, "layout": "chat"}, folder / "two.chat.pt")
+    save(folder / "two.chat.pt", {**two, "layout": "chat"})
     script("export.py", folder / "two.chat.pt", "--prompt-embeds", folder / "two.json")
     tokens = json.loads((folder / "served/nanobe.json").read_text())["tokens"]
     return SimpleNamespace(folder=folder, served=folder / "served", infer=infer, model=model, tokenizer=tokenizer, printed=printed, pirate=one, two=two,
