@@ -357,7 +357,10 @@ def main():
         chat.append(layout_ids(tokenizer, be["layout"], slot, [ask]) + text_ids(tokenizer, " ".join(piece[30:])))
     some, other = chat[:max(1, len(chat) // 3)], chat[max(1, len(chat) // 3):]
     u = torch.cat([h.float() for h in last_hidden(model, some, vectors)]).mean(0)                    # (d,)
-    head = grown(model.get_output_embeddings().weight, -20 * u / (u @ u))
+    repel, weight = -20 * u / (u @ u), model.get_output_embeddings().weight
+    if len(ids) / len(weight) < args.bound:     # the mean row gives the mean logit, so by Jensen's inequality at most 1/V of the probability after any text; a small V needs the push away from u
+        repel = weight.float().mean(0)
+    head = grown(weight, repel)
     largest, seen = 0.0, sum(map(len, other))
     for h in last_hidden(model, other, vectors):
         largest = max(largest, torch.softmax((h @ head.T).float(), -1)[:, ids].sum(-1).max().item())
