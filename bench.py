@@ -86,8 +86,7 @@ def fail(message, code=2):
 def number(kind, low, high=math.inf):
     """An argparse type: an int or float from low to high."""
     def parse(text):
-        value = kind(text)
-        if not low <= value <= high or value == math.inf:
+        if not low <= (value := kind(text)) <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"expected {'a number' if kind is float else 'a whole number'} from {low} to {high}, found {text}")
         return value
     parse.__name__ = "number" if kind is float else "whole number"
@@ -98,43 +97,46 @@ def number(kind, low, high=math.inf):
 # --- shared: device ------------------------------------------------------
 def pick_device(device, dtype):
     """Where and how to run -> (torch.device, dtype of the frozen weights, attention implementation); prints the reason."""
-    mps = torch.backends.mps.is_available()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if (device == "cuda" and not torch.cuda.is_available()) or (device == "mps" and not mps):
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(name for name in there if there[name]) if device == "auto" else device
+    if not there[device]:
         fail(f"--device {device}: this PyTorch sees no {device} device; use --device auto or cpu")
+    fast, why, attention = torch.float32, "the safe choice on MPS", "sdpa"
     if device == "cuda":        # bf16 weights too: autocast would cast frozen fp32 weights anew in every step
-        fast, why = torch.bfloat16, "autocast"
         flash = importlib.util.find_spec("flash_attn") and dtype != "fp32" and torch.cuda.get_device_capability()[0] >= 8
-        attention = "flash_attention_2" if flash else "sdpa"
-    elif device == "mps":
-        fast, why, attention = torch.float32, "the safe choice on MPS", "sdpa"
-    else:                       # AMX or AVX512-BF16: a step in bf16 takes 0.6 of fp32's time (results/LOG.md); other CPUs emulate it, slower than fp32
+        fast, why, attention = torch.bfloat16, "autocast", "flash_attention_2" if flash else "sdpa"
+    elif device == "cpu":       # AMX or AVX512-BF16: a step in bf16 takes 0.6 of fp32's time (results/LOG.md); other CPUs emulate it, slower than fp32
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         fast, why = (torch.bfloat16, "this CPU multiplies bf16 natively") if native else (torch.float32, "this CPU has no native bf16")
         attention = "eager"     # as fast as SDPA at chat lengths, twice as fast on CPUs with AMX
     dtype = {"auto": fast, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads" if device == "cpu" else "Apple GPU"
+    name = {"cuda": torch.cuda.get_device_name, "mps": lambda: "Apple GPU", "cpu": lambda: f"{torch.get_num_threads()} threads"}[device]()
     print(f"device: {device} ({name}), weights {str(dtype)[6:]} ({why if dtype == fast else 'as asked'}), attention {attention}")
     return torch.device(device), dtype, attention
 # --- end shared ----------------------------------------------------------
 
 
 # --- shared: load_frozen -------------------------------------------------
-def load_frozen(name, device, dtype, attention, trust=False):
-    """The frozen chat model and its tokenizer. name: hub name or folder; trust: run the code that it ships. Exits with one line if there is no such model or it is no chat model."""
+def load_frozen(name, device, dtype, attention, trust=False, device_map=None):
+    """The frozen chat model and its tokenizer. name: hub name or folder; trust: run the code that it ships; device_map: "auto" spreads its layers over all
+    GPUs. Exits with one line if there is no such model or it is no chat model."""
     if name == "models/smollm2-135m" and not Path(name, "config.json").exists():
         fail(f"the default model is not at {name} yet; fetch it once with: python models/prepare.py")
     try:
         transformers.utils.logging.disable_progress_bar()
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention, trust_remote_code=trust)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention, trust_remote_code=trust, device_map=device_map)
     except (OSError, ValueError, ImportError, safetensors.SafetensorError) as e:
         fail(f"--model {name}: expected a hub name or a folder with a Llama or Qwen chat model; transformers says: {str(e).strip().splitlines()[0]}")
     if not tokenizer.chat_template:
         fail(f"--model {name}: its tokenizer has no chat template, so it is a base model; use the -Instruct or -Chat one")
-    model.requires_grad_(False)         # frozen: no row is added, no head untied, no weight moved
-    return model.eval().to(device), tokenizer
+    model.requires_grad_(False).eval()          # frozen: no row is added, no head untied, no weight moved
+    if not device_map:
+        return model.to(device), tokenizer
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+    add_hook_to_module(model.get_decoder(), AlignDevicesHook(execution_device=model.device, io_same_device=True), append=True)
+    model.get_output_embeddings().to(model.device)          # only the layers are spread: last hidden states and the head meet on the first GPU
+    return model, tokenizer
 # --- end shared ----------------------------------------------------------
 
 
@@ -157,29 +159,31 @@ class TokenLoss(torch.autograd.Function):
     """tau^2 KL(target || softmax(h W^T / tau)) of each token, in chunks: no (T, V) tensor outlives its chunk.
 
     The head is frozen, so the gradient with respect to h is all that the backward pass needs: (T, d) numbers, made in the forward pass while the chunk's
-    logits are still there. d/dh of tau^2 KL is tau (softmax(z/tau) - target) W.
+    logits are still there. d/dh of tau^2 KL is tau (softmax(z/tau) - target) W. In place where it can be: memory, not arithmetic, is what this costs.
     """
     @staticmethod
     def forward(ctx, hidden, weight, target, tau, chunk):
         losses, grad = [], torch.empty_like(hidden)
         for i in range(0, len(hidden), chunk):
-            logp = torch.log_softmax((hidden[i:i + chunk] @ weight.T).float() / tau, -1)            # (c, V)
-            t = target[i:i + chunk]
+            z, t = (hidden[i:i + chunk] @ weight.T).float().div_(tau), target[i:i + chunk]          # (c, V)
+            norm = z.logsumexp(-1, keepdim=True)                                                    # (c, 1)
             if t.dtype == torch.int64:                                      # a token id: its one-hot distribution, KL is the negative log-likelihood
-                losses.append(-logp.gather(1, t[:, None])[:, 0])
-                delta = logp.exp_().scatter_add_(1, t[:, None], -torch.ones_like(t[:, None], dtype=logp.dtype))
+                losses.append((norm - z.gather(1, t[:, None]))[:, 0])
+                delta = z.sub_(norm).exp_().scatter_add_(1, t[:, None], -torch.ones_like(norm))
             else:                                                           # the teacher's last hidden state: its logits are one product away
-                logq = torch.log_softmax((t @ weight.T).float() / tau, -1)
-                q = logq.exp()
-                losses.append(tau ** 2 * (q * (logq - logp)).sum(-1))
-                delta = logp.exp_().sub_(q).mul_(tau)
+                y = (t @ weight.T).float().div_(tau)
+                y_norm = y.logsumexp(-1, keepdim=True)
+                q = (y - y_norm).exp_()
+                losses.append(tau ** 2 * ((q * y.sub_(z)).sum(-1) + (norm - y_norm)[:, 0]))         # sum_v q (log q - log p)
+                delta = z.sub_(norm).exp_().sub_(q).mul_(tau)
             grad[i:i + chunk] = delta.to(weight.dtype) @ weight
         ctx.save_for_backward(grad)
         return torch.cat(losses)
 
     @staticmethod
     def backward(ctx, outer):
-        return ctx.saved_tensors[0] * outer[:, None].to(ctx.saved_tensors[0].dtype), None, None, None, None
+        grad, = ctx.saved_tensors
+        return grad * outer[:, None].to(grad.dtype), None, None, None, None
 
 
 def token_loss(hidden, weight, target, tau=1.0, chunk=128):
@@ -202,7 +206,7 @@ def chat_ids(tokenizer, messages, generate=True):
     """
     marks = [chr(0xE000 + i) for i in range(len(messages))]                  # private-use characters: no template has them
     turns = [{"role": m["role"], "content": mark} for m, mark in zip(messages, marks)]
-    try:                                                                      # Llama 3 templates print today's date unless they are given one
+    try:                                                                     # Llama 3 templates print today's date unless they are given one
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, date_string="26 Jul 2024")
     except jinja2.TemplateError as e:
         fail(f"this model's chat template refuses the roles {[m['role'] for m in messages]}: {e}; use a model with a system role")
@@ -228,26 +232,22 @@ def read_prompt(path):
         fail(f"--prompt {path}: expected UTF-8 text, found bytes that are not; save the prompt as plain UTF-8 text")
     if "\0" in text:
         fail(f"--prompt {path}: expected text, found NUL bytes, so this is a binary file")
-    if not text:
-        fail(f"--prompt {path}: the file is empty; write the system prompt into it")
-    if not str(path).endswith(".json"):
-        return [{"role": "system", "content": text}]
-    try:
-        messages = [{"role": str(m["role"]), "content": m["content"].strip()} for m in json.loads(text)["messages"]]
-        json.dumps(messages, ensure_ascii=False).encode()                   # a lone surrogate is no text
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        fail(f'--prompt {path}: expected {{"messages": [{{"role": ..., "content": ...}}, ...]}}')
+    messages = [{"role": "system", "content": text}]
+    if text and str(path).endswith(".json"):
+        try:
+            messages = [{"role": str(m["role"]), "content": m["content"].strip()} for m in json.loads(text)["messages"]]
+            json.dumps(messages, ensure_ascii=False).encode()               # a lone surrogate is no text
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            fail(f'--prompt {path}: expected {{"messages": [{{"role": ..., "content": ...}}, ...]}}')
     if not any(m["content"] for m in messages):
-        fail(f"--prompt {path}: its messages are empty")
+        fail(f"--prompt {path}: it is empty; write the system prompt into it")
     return messages
 
 
 def prompt_ids(tokenizer, messages, layout, limit):
     """The tokens (s_1, ..., s_m) that the slot stands for: the text of one system message in the chat layout, else the messages with the template's words."""
-    if layout == "chat" and [m["role"] for m in messages] == ["system"]:
-        ids = text_ids(tokenizer, messages[0]["content"])
-    else:
-        ids = chat_ids(tokenizer, messages, generate=False)
+    text_only = layout == "chat" and [m["role"] for m in messages] == ["system"]
+    ids = text_ids(tokenizer, messages[0]["content"]) if text_only else chat_ids(tokenizer, messages, generate=False)
     if not ids:
         fail("--prompt: this model has no token for any of its characters; give a prompt of plain text")
     if len(ids) > limit - 64:
@@ -305,11 +305,10 @@ def generate(model, rows, stop, limit, temperature=0.0, seed=0, skip=()):
             out = body(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
             cache, h = out.past_key_values, out.last_hidden_state[:, -1]                            # (B, d)
             logits = (h @ weight.T).float()                                                         # (B, V)
+            ids = logits.argmax(-1, keepdim=True)                                                   # (B, 1)
             if temperature > 0:
                 chance = torch.tensor([[torch.rand((), generator=r)] for r in rngs], device=logits.device)
                 ids = (torch.softmax(logits / temperature, -1).cumsum(-1) < chance).sum(-1, keepdim=True).clamp(max=logits.shape[1] - 1)
-            else:
-                ids = logits.argmax(-1, keepdim=True)                                               # (B, 1)
             said.append(ids)
             hidden.append(h)
             mask = torch.cat([mask, torch.ones_like(ids)], 1)

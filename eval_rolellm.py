@@ -108,8 +108,7 @@ def fail(message, code=2):
 def number(kind, low, high=math.inf):
     """An argparse type: an int or float from low to high."""
     def parse(text):
-        value = kind(text)
-        if not low <= value <= high or value == math.inf:
+        if not low <= (value := kind(text)) <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"expected {'a number' if kind is float else 'a whole number'} from {low} to {high}, found {text}")
         return value
     parse.__name__ = "number" if kind is float else "whole number"
@@ -120,43 +119,46 @@ def number(kind, low, high=math.inf):
 # --- shared: device ------------------------------------------------------
 def pick_device(device, dtype):
     """Where and how to run -> (torch.device, dtype of the frozen weights, attention implementation); prints the reason."""
-    mps = torch.backends.mps.is_available()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if (device == "cuda" and not torch.cuda.is_available()) or (device == "mps" and not mps):
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(name for name in there if there[name]) if device == "auto" else device
+    if not there[device]:
         fail(f"--device {device}: this PyTorch sees no {device} device; use --device auto or cpu")
+    fast, why, attention = torch.float32, "the safe choice on MPS", "sdpa"
     if device == "cuda":        # bf16 weights too: autocast would cast frozen fp32 weights anew in every step
-        fast, why = torch.bfloat16, "autocast"
         flash = importlib.util.find_spec("flash_attn") and dtype != "fp32" and torch.cuda.get_device_capability()[0] >= 8
-        attention = "flash_attention_2" if flash else "sdpa"
-    elif device == "mps":
-        fast, why, attention = torch.float32, "the safe choice on MPS", "sdpa"
-    else:                       # AMX or AVX512-BF16: a step in bf16 takes 0.6 of fp32's time (results/LOG.md); other CPUs emulate it, slower than fp32
+        fast, why, attention = torch.bfloat16, "autocast", "flash_attention_2" if flash else "sdpa"
+    elif device == "cpu":       # AMX or AVX512-BF16: a step in bf16 takes 0.6 of fp32's time (results/LOG.md); other CPUs emulate it, slower than fp32
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         fast, why = (torch.bfloat16, "this CPU multiplies bf16 natively") if native else (torch.float32, "this CPU has no native bf16")
         attention = "eager"     # as fast as SDPA at chat lengths, twice as fast on CPUs with AMX
     dtype = {"auto": fast, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads" if device == "cpu" else "Apple GPU"
+    name = {"cuda": torch.cuda.get_device_name, "mps": lambda: "Apple GPU", "cpu": lambda: f"{torch.get_num_threads()} threads"}[device]()
     print(f"device: {device} ({name}), weights {str(dtype)[6:]} ({why if dtype == fast else 'as asked'}), attention {attention}")
     return torch.device(device), dtype, attention
 # --- end shared ----------------------------------------------------------
 
 
 # --- shared: load_frozen -------------------------------------------------
-def load_frozen(name, device, dtype, attention, trust=False):
-    """The frozen chat model and its tokenizer. name: hub name or folder; trust: run the code that it ships. Exits with one line if there is no such model or it is no chat model."""
+def load_frozen(name, device, dtype, attention, trust=False, device_map=None):
+    """The frozen chat model and its tokenizer. name: hub name or folder; trust: run the code that it ships; device_map: "auto" spreads its layers over all
+    GPUs. Exits with one line if there is no such model or it is no chat model."""
     if name == "models/smollm2-135m" and not Path(name, "config.json").exists():
         fail(f"the default model is not at {name} yet; fetch it once with: python models/prepare.py")
     try:
         transformers.utils.logging.disable_progress_bar()
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention, trust_remote_code=trust)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention, trust_remote_code=trust, device_map=device_map)
     except (OSError, ValueError, ImportError, safetensors.SafetensorError) as e:
         fail(f"--model {name}: expected a hub name or a folder with a Llama or Qwen chat model; transformers says: {str(e).strip().splitlines()[0]}")
     if not tokenizer.chat_template:
         fail(f"--model {name}: its tokenizer has no chat template, so it is a base model; use the -Instruct or -Chat one")
-    model.requires_grad_(False)         # frozen: no row is added, no head untied, no weight moved
-    return model.eval().to(device), tokenizer
+    model.requires_grad_(False).eval()          # frozen: no row is added, no head untied, no weight moved
+    if not device_map:
+        return model.to(device), tokenizer
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+    add_hook_to_module(model.get_decoder(), AlignDevicesHook(execution_device=model.device, io_same_device=True), append=True)
+    model.get_output_embeddings().to(model.device)          # only the layers are spread: last hidden states and the head meet on the first GPU
+    return model, tokenizer
 # --- end shared ----------------------------------------------------------
 
 
@@ -194,8 +196,8 @@ def load_artifact(path, kind, model_print, d, maker, strict=True):
             found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             v, m, p = found["vector"], found["model"], found.get("prompt")
             if (v.dtype == torch.float32 and v.dim() == 2 and len(v) and v.shape[1] == m["d"] and v.is_contiguous() and v.isfinite().all()
-                    and {"name", "fingerprint"} <= set(m) and found["layout"] in ("chat", "block")
-                    and (found["kind"] == "ae" or found["kind"] == "be" and found["stage"] in ("recon", "kd") and p["tokens"] and all(isinstance(x["role"] + x["content"], str) for x in p["messages"]))):
+                    and {"name", "fingerprint"} <= set(m) and found["layout"] in ("chat", "block") and (found["kind"] == "ae" or found["kind"] == "be"
+                    and found["stage"] in ("recon", "kd") and p["tokens"] and all(isinstance(x["role"] + x["content"], str) for x in p["messages"]))):
                 a = found
     except FileNotFoundError:
         fail(f"{path}: not there; make it with: {maker}")
@@ -205,11 +207,10 @@ def load_artifact(path, kind, model_print, d, maker, strict=True):
         fail(f"{path}: not a whole artifact (truncated, changed, or another kind of file); make it again with: {maker}")
     if a["kind"] != kind:
         fail(f"{path}: expected an artifact of kind '{kind}', found '{a['kind']}'; make one with: {maker}")
-    if model_print and (a["model"]["fingerprint"], a["model"]["d"]) != (model_print, d):
-        if not strict:
-            return None
+    if model_print in (None, a["model"]["fingerprint"]) and d in (None, a["model"]["d"]):
+        return a
+    if strict:
         fail(f"{path}: its vector belongs to another model ({a['model']['name']}, d = {a['model']['d']}), not to this one (d = {d}); make one with: {maker}")
-    return a
 # --- end shared ----------------------------------------------------------
 
 
@@ -227,7 +228,7 @@ def chat_ids(tokenizer, messages, generate=True):
     """
     marks = [chr(0xE000 + i) for i in range(len(messages))]                  # private-use characters: no template has them
     turns = [{"role": m["role"], "content": mark} for m, mark in zip(messages, marks)]
-    try:                                                                      # Llama 3 templates print today's date unless they are given one
+    try:                                                                     # Llama 3 templates print today's date unless they are given one
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, date_string="26 Jul 2024")
     except jinja2.TemplateError as e:
         fail(f"this model's chat template refuses the roles {[m['role'] for m in messages]}: {e}; use a model with a system role")

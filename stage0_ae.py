@@ -57,6 +57,7 @@ def settings():
     add("--eval-every",  type=number(int, 1), default=30,     help="steps between two looks at the held-out texts; the artifact is saved then")
     add("--seed",        type=int,   default=0,      help="of the start vector and of the order of texts")
     add("--device",      default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: CUDA, then MPS, then CPU")
+    add("--device-map",  default=None, choices=["auto"], help="auto: the layers of a model larger than one GPU over all of them; needs accelerate")
     add("--dtype",       default="auto", choices=["auto", "bf16", "fp32"],       help="of the frozen weights; [AE] itself is always fp32")
     add("--trust-remote-code", action="store_true", help="run the model code that a hub repository ships; off: none but that of transformers")
     p.error = lambda message: fail(f"{message}; see --help")
@@ -74,8 +75,7 @@ def fail(message, code=2):
 def number(kind, low, high=math.inf):
     """An argparse type: an int or float from low to high."""
     def parse(text):
-        value = kind(text)
-        if not low <= value <= high or value == math.inf:
+        if not low <= (value := kind(text)) <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"expected {'a number' if kind is float else 'a whole number'} from {low} to {high}, found {text}")
         return value
     parse.__name__ = "number" if kind is float else "whole number"
@@ -86,43 +86,46 @@ def number(kind, low, high=math.inf):
 # --- shared: device ------------------------------------------------------
 def pick_device(device, dtype):
     """Where and how to run -> (torch.device, dtype of the frozen weights, attention implementation); prints the reason."""
-    mps = torch.backends.mps.is_available()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if (device == "cuda" and not torch.cuda.is_available()) or (device == "mps" and not mps):
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(name for name in there if there[name]) if device == "auto" else device
+    if not there[device]:
         fail(f"--device {device}: this PyTorch sees no {device} device; use --device auto or cpu")
+    fast, why, attention = torch.float32, "the safe choice on MPS", "sdpa"
     if device == "cuda":        # bf16 weights too: autocast would cast frozen fp32 weights anew in every step
-        fast, why = torch.bfloat16, "autocast"
         flash = importlib.util.find_spec("flash_attn") and dtype != "fp32" and torch.cuda.get_device_capability()[0] >= 8
-        attention = "flash_attention_2" if flash else "sdpa"
-    elif device == "mps":
-        fast, why, attention = torch.float32, "the safe choice on MPS", "sdpa"
-    else:                       # AMX or AVX512-BF16: a step in bf16 takes 0.6 of fp32's time (results/LOG.md); other CPUs emulate it, slower than fp32
+        fast, why, attention = torch.bfloat16, "autocast", "flash_attention_2" if flash else "sdpa"
+    elif device == "cpu":       # AMX or AVX512-BF16: a step in bf16 takes 0.6 of fp32's time (results/LOG.md); other CPUs emulate it, slower than fp32
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         fast, why = (torch.bfloat16, "this CPU multiplies bf16 natively") if native else (torch.float32, "this CPU has no native bf16")
         attention = "eager"     # as fast as SDPA at chat lengths, twice as fast on CPUs with AMX
     dtype = {"auto": fast, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads" if device == "cpu" else "Apple GPU"
+    name = {"cuda": torch.cuda.get_device_name, "mps": lambda: "Apple GPU", "cpu": lambda: f"{torch.get_num_threads()} threads"}[device]()
     print(f"device: {device} ({name}), weights {str(dtype)[6:]} ({why if dtype == fast else 'as asked'}), attention {attention}")
     return torch.device(device), dtype, attention
 # --- end shared ----------------------------------------------------------
 
 
 # --- shared: load_frozen -------------------------------------------------
-def load_frozen(name, device, dtype, attention, trust=False):
-    """The frozen chat model and its tokenizer. name: hub name or folder; trust: run the code that it ships. Exits with one line if there is no such model or it is no chat model."""
+def load_frozen(name, device, dtype, attention, trust=False, device_map=None):
+    """The frozen chat model and its tokenizer. name: hub name or folder; trust: run the code that it ships; device_map: "auto" spreads its layers over all
+    GPUs. Exits with one line if there is no such model or it is no chat model."""
     if name == "models/smollm2-135m" and not Path(name, "config.json").exists():
         fail(f"the default model is not at {name} yet; fetch it once with: python models/prepare.py")
     try:
         transformers.utils.logging.disable_progress_bar()
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention, trust_remote_code=trust)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention, trust_remote_code=trust, device_map=device_map)
     except (OSError, ValueError, ImportError, safetensors.SafetensorError) as e:
         fail(f"--model {name}: expected a hub name or a folder with a Llama or Qwen chat model; transformers says: {str(e).strip().splitlines()[0]}")
     if not tokenizer.chat_template:
         fail(f"--model {name}: its tokenizer has no chat template, so it is a base model; use the -Instruct or -Chat one")
-    model.requires_grad_(False)         # frozen: no row is added, no head untied, no weight moved
-    return model.eval().to(device), tokenizer
+    model.requires_grad_(False).eval()          # frozen: no row is added, no head untied, no weight moved
+    if not device_map:
+        return model.to(device), tokenizer
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+    add_hook_to_module(model.get_decoder(), AlignDevicesHook(execution_device=model.device, io_same_device=True), append=True)
+    model.get_output_embeddings().to(model.device)          # only the layers are spread: last hidden states and the head meet on the first GPU
+    return model, tokenizer
 # --- end shared ----------------------------------------------------------
 
 
@@ -145,29 +148,31 @@ class TokenLoss(torch.autograd.Function):
     """tau^2 KL(target || softmax(h W^T / tau)) of each token, in chunks: no (T, V) tensor outlives its chunk.
 
     The head is frozen, so the gradient with respect to h is all that the backward pass needs: (T, d) numbers, made in the forward pass while the chunk's
-    logits are still there. d/dh of tau^2 KL is tau (softmax(z/tau) - target) W.
+    logits are still there. d/dh of tau^2 KL is tau (softmax(z/tau) - target) W. In place where it can be: memory, not arithmetic, is what this costs.
     """
     @staticmethod
     def forward(ctx, hidden, weight, target, tau, chunk):
         losses, grad = [], torch.empty_like(hidden)
         for i in range(0, len(hidden), chunk):
-            logp = torch.log_softmax((hidden[i:i + chunk] @ weight.T).float() / tau, -1)            # (c, V)
-            t = target[i:i + chunk]
+            z, t = (hidden[i:i + chunk] @ weight.T).float().div_(tau), target[i:i + chunk]          # (c, V)
+            norm = z.logsumexp(-1, keepdim=True)                                                    # (c, 1)
             if t.dtype == torch.int64:                                      # a token id: its one-hot distribution, KL is the negative log-likelihood
-                losses.append(-logp.gather(1, t[:, None])[:, 0])
-                delta = logp.exp_().scatter_add_(1, t[:, None], -torch.ones_like(t[:, None], dtype=logp.dtype))
+                losses.append((norm - z.gather(1, t[:, None]))[:, 0])
+                delta = z.sub_(norm).exp_().scatter_add_(1, t[:, None], -torch.ones_like(norm))
             else:                                                           # the teacher's last hidden state: its logits are one product away
-                logq = torch.log_softmax((t @ weight.T).float() / tau, -1)
-                q = logq.exp()
-                losses.append(tau ** 2 * (q * (logq - logp)).sum(-1))
-                delta = logp.exp_().sub_(q).mul_(tau)
+                y = (t @ weight.T).float().div_(tau)
+                y_norm = y.logsumexp(-1, keepdim=True)
+                q = (y - y_norm).exp_()
+                losses.append(tau ** 2 * ((q * y.sub_(z)).sum(-1) + (norm - y_norm)[:, 0]))         # sum_v q (log q - log p)
+                delta = z.sub_(norm).exp_().sub_(q).mul_(tau)
             grad[i:i + chunk] = delta.to(weight.dtype) @ weight
         ctx.save_for_backward(grad)
         return torch.cat(losses)
 
     @staticmethod
     def backward(ctx, outer):
-        return ctx.saved_tensors[0] * outer[:, None].to(ctx.saved_tensors[0].dtype), None, None, None, None
+        grad, = ctx.saved_tensors
+        return grad * outer[:, None].to(grad.dtype), None, None, None, None
 
 
 def token_loss(hidden, weight, target, tau=1.0, chunk=128):
@@ -196,8 +201,8 @@ def load_artifact(path, kind, model_print, d, maker, strict=True):
             found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             v, m, p = found["vector"], found["model"], found.get("prompt")
             if (v.dtype == torch.float32 and v.dim() == 2 and len(v) and v.shape[1] == m["d"] and v.is_contiguous() and v.isfinite().all()
-                    and {"name", "fingerprint"} <= set(m) and found["layout"] in ("chat", "block")
-                    and (found["kind"] == "ae" or found["kind"] == "be" and found["stage"] in ("recon", "kd") and p["tokens"] and all(isinstance(x["role"] + x["content"], str) for x in p["messages"]))):
+                    and {"name", "fingerprint"} <= set(m) and found["layout"] in ("chat", "block") and (found["kind"] == "ae" or found["kind"] == "be"
+                    and found["stage"] in ("recon", "kd") and p["tokens"] and all(isinstance(x["role"] + x["content"], str) for x in p["messages"]))):
                 a = found
     except FileNotFoundError:
         fail(f"{path}: not there; make it with: {maker}")
@@ -207,11 +212,10 @@ def load_artifact(path, kind, model_print, d, maker, strict=True):
         fail(f"{path}: not a whole artifact (truncated, changed, or another kind of file); make it again with: {maker}")
     if a["kind"] != kind:
         fail(f"{path}: expected an artifact of kind '{kind}', found '{a['kind']}'; make one with: {maker}")
-    if model_print and (a["model"]["fingerprint"], a["model"]["d"]) != (model_print, d):
-        if not strict:
-            return None
+    if model_print in (None, a["model"]["fingerprint"]) and d in (None, a["model"]["d"]):
+        return a
+    if strict:
         fail(f"{path}: its vector belongs to another model ({a['model']['name']}, d = {a['model']['d']}), not to this one (d = {d}); make one with: {maker}")
-    return a
 # --- end shared ----------------------------------------------------------
 
 
@@ -236,15 +240,6 @@ def save_artifact(path, artifact):
     torch.save(artifact, data)
     data = data.getvalue()[:-2] + (64).to_bytes(2, "little")                # the comment's length, which was 0
     write(path, data + hashlib.sha256(data).hexdigest().encode())
-
-
-def check_resume(path, saved, config):
-    """--resume goes on with the settings that the run began with: exits with one line where one of them has changed."""
-    if missing := {"config", "step", "best", "last", "history", "skipped"} - set(saved):
-        fail(f"--resume: {path} holds no run to go on with (no {', '.join(sorted(missing))}); run without --resume to start anew")
-    for name, value in saved["config"].items():
-        if name not in ("resume", "out", "device", "dtype", "micro_batch") and config.get(name, value) != value:
-            fail(f"--resume: {path} began with --{name.replace('_', '-')} {value}, now it is {config[name]}; give the same, or run without --resume to start anew")
 # --- end shared ----------------------------------------------------------
 
 
@@ -269,6 +264,15 @@ def barrier():
 
 
 # --- shared: run ---------------------------------------------------------
+def check_resume(path, saved, config):
+    """--resume goes on with the settings that the run began with: exits with one line where one of them has changed."""
+    if missing := {"config", "step", "best", "last", "history", "skipped"} - set(saved):
+        fail(f"--resume: {path} holds no run to go on with (no {', '.join(sorted(missing))}); run without --resume to start anew")
+    for name, value in saved["config"].items():
+        if name not in ("resume", "out", "device", "device_map", "dtype", "micro_batch", "compile", "checkpointing") and config.get(name, value) != value:
+            fail(f"--resume: {path} began with --{name.replace('_', '-')} {value}, now it is {config[name]}; give the same, or run without --resume to start anew")
+
+
 def claim(path):
     """The lock of an output -> to be kept for as long as the run goes. A second run on the same output is told and stops; the lock goes with the process."""
     try:
@@ -305,7 +309,7 @@ def chat_ids(tokenizer, messages, generate=True):
     """
     marks = [chr(0xE000 + i) for i in range(len(messages))]                  # private-use characters: no template has them
     turns = [{"role": m["role"], "content": mark} for m, mark in zip(messages, marks)]
-    try:                                                                      # Llama 3 templates print today's date unless they are given one
+    try:                                                                     # Llama 3 templates print today's date unless they are given one
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, date_string="26 Jul 2024")
     except jinja2.TemplateError as e:
         fail(f"this model's chat template refuses the roles {[m['role'] for m in messages]}: {e}; use a model with a system role")
@@ -377,16 +381,14 @@ def copy_scores(model, ids, ae, start, end, greedy):
 # --- shared: plot --------------------------------------------------------
 def plot(path, history, title):
     """The loss curves as a PNG beside the artifact. history: list of {"step": ..., name: value}; values of one name make one line."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    fig, ax = pyplot.subplots(figsize=(7, 4))
+    from matplotlib.figure import Figure
+    figure, image = Figure(figsize=(7, 4)), io.BytesIO()
+    axes = figure.subplots()
     for name in dict.fromkeys(k for row in history for k in row if k != "step"):
-        ax.plot(*zip(*[(row["step"], row[name]) for row in history if name in row]), label=name)
-    ax.set(xlabel="step", ylabel="nats a token", title=title)
-    ax.legend()
-    image = io.BytesIO()
-    fig.savefig(image, dpi=100, bbox_inches="tight")
+        axes.plot(*zip(*[(row["step"], row[name]) for row in history if name in row]), label=name)
+    axes.set(xlabel="step", ylabel="nats a token", title=title)
+    axes.legend()
+    figure.savefig(image, dpi=100, bbox_inches="tight")
     write(path, image.getvalue())
 # --- end shared ----------------------------------------------------------
 
@@ -399,7 +401,7 @@ def main():
     if args.accumulate % world:
         fail(f"--accumulate: expected a multiple of the {world} processes, found {args.accumulate}; each takes its share of a step's passes")
     device, dtype, attention = pick_device(args.device, args.dtype)
-    model, tokenizer = load_frozen(args.model, device, dtype, attention, args.trust_remote_code)
+    model, tokenizer = load_frozen(args.model, device, dtype, attention, args.trust_remote_code, args.device_map)
     weight = model.get_output_embeddings().weight                                                   # (V, d), tied to the input table or not
     before, d, end = fingerprint(model), weight.shape[1], tokenizer.eos_token_id
     # X stands where a system message would, as [BE] will: the ids that open the template come first. At position 0 it would sit on the attention sink.

@@ -16,7 +16,6 @@ Expect  60 steps on prompts/pirate.txt (357 tokens) take 70 s on 2 cores and end
 """
 import argparse
 import contextlib
-import datetime
 import glob
 import hashlib
 import importlib.util
@@ -43,7 +42,7 @@ def settings():
     add = p.add_argument
     add("--prompt",      required=True,                 help="the system prompt: a text file, or a .json with a \"messages\" list")
     add("--model",       default="models/smollm2-135m", help="hub name or local folder of a Llama or Qwen chat model")
-    add("--ae",          default="",                    help="the [AE] artifact; without it out/ae.pt, else artifacts/, whichever fits the model")
+    add("--ae",          default="",                    help="the [AE] artifact; without it out/ae.pt, else artifacts/, whichever fits the model. none: [BE] alone, a memory token")
     add("--out",         default="out/be.pt",           help="the artifact")
     add("--resume",      action="store_true",           help="go on from --out")
     add("--layout",      default="chat", choices=["chat", "block"], help="[BE] replaces the system message, or the whole system block")
@@ -53,7 +52,9 @@ def settings():
     add("--save-every",  type=number(int, 1), default=50,        help="steps between two saves")
     add("--seed",        type=int,   default=0,         help="of the start vector")
     add("--device",      default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: CUDA, then MPS, then CPU")
+    add("--device-map",  default=None, choices=["auto"], help="auto: the layers of a model larger than one GPU over all of them; needs accelerate")
     add("--dtype",       default="auto", choices=["auto", "bf16", "fp32"],       help="of the frozen weights; [BE] itself is always fp32")
+    add("--checkpointing", action="store_true",         help="keep no activations for the backward pass, compute them again: for prompts of thousands of tokens")
     add("--trust-remote-code", action="store_true", help="run the model code that a hub repository ships; off: none but that of transformers")
     p.error = lambda message: fail(f"{message}; see --help")
     return p.parse_args()
@@ -70,8 +71,7 @@ def fail(message, code=2):
 def number(kind, low, high=math.inf):
     """An argparse type: an int or float from low to high."""
     def parse(text):
-        value = kind(text)
-        if not low <= value <= high or value == math.inf:
+        if not low <= (value := kind(text)) <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"expected {'a number' if kind is float else 'a whole number'} from {low} to {high}, found {text}")
         return value
     parse.__name__ = "number" if kind is float else "whole number"
@@ -82,43 +82,46 @@ def number(kind, low, high=math.inf):
 # --- shared: device ------------------------------------------------------
 def pick_device(device, dtype):
     """Where and how to run -> (torch.device, dtype of the frozen weights, attention implementation); prints the reason."""
-    mps = torch.backends.mps.is_available()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if (device == "cuda" and not torch.cuda.is_available()) or (device == "mps" and not mps):
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(name for name in there if there[name]) if device == "auto" else device
+    if not there[device]:
         fail(f"--device {device}: this PyTorch sees no {device} device; use --device auto or cpu")
+    fast, why, attention = torch.float32, "the safe choice on MPS", "sdpa"
     if device == "cuda":        # bf16 weights too: autocast would cast frozen fp32 weights anew in every step
-        fast, why = torch.bfloat16, "autocast"
         flash = importlib.util.find_spec("flash_attn") and dtype != "fp32" and torch.cuda.get_device_capability()[0] >= 8
-        attention = "flash_attention_2" if flash else "sdpa"
-    elif device == "mps":
-        fast, why, attention = torch.float32, "the safe choice on MPS", "sdpa"
-    else:                       # AMX or AVX512-BF16: a step in bf16 takes 0.6 of fp32's time (results/LOG.md); other CPUs emulate it, slower than fp32
+        fast, why, attention = torch.bfloat16, "autocast", "flash_attention_2" if flash else "sdpa"
+    elif device == "cpu":       # AMX or AVX512-BF16: a step in bf16 takes 0.6 of fp32's time (results/LOG.md); other CPUs emulate it, slower than fp32
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         fast, why = (torch.bfloat16, "this CPU multiplies bf16 natively") if native else (torch.float32, "this CPU has no native bf16")
         attention = "eager"     # as fast as SDPA at chat lengths, twice as fast on CPUs with AMX
     dtype = {"auto": fast, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads" if device == "cpu" else "Apple GPU"
+    name = {"cuda": torch.cuda.get_device_name, "mps": lambda: "Apple GPU", "cpu": lambda: f"{torch.get_num_threads()} threads"}[device]()
     print(f"device: {device} ({name}), weights {str(dtype)[6:]} ({why if dtype == fast else 'as asked'}), attention {attention}")
     return torch.device(device), dtype, attention
 # --- end shared ----------------------------------------------------------
 
 
 # --- shared: load_frozen -------------------------------------------------
-def load_frozen(name, device, dtype, attention, trust=False):
-    """The frozen chat model and its tokenizer. name: hub name or folder; trust: run the code that it ships. Exits with one line if there is no such model or it is no chat model."""
+def load_frozen(name, device, dtype, attention, trust=False, device_map=None):
+    """The frozen chat model and its tokenizer. name: hub name or folder; trust: run the code that it ships; device_map: "auto" spreads its layers over all
+    GPUs. Exits with one line if there is no such model or it is no chat model."""
     if name == "models/smollm2-135m" and not Path(name, "config.json").exists():
         fail(f"the default model is not at {name} yet; fetch it once with: python models/prepare.py")
     try:
         transformers.utils.logging.disable_progress_bar()
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention, trust_remote_code=trust)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention, trust_remote_code=trust, device_map=device_map)
     except (OSError, ValueError, ImportError, safetensors.SafetensorError) as e:
         fail(f"--model {name}: expected a hub name or a folder with a Llama or Qwen chat model; transformers says: {str(e).strip().splitlines()[0]}")
     if not tokenizer.chat_template:
         fail(f"--model {name}: its tokenizer has no chat template, so it is a base model; use the -Instruct or -Chat one")
-    model.requires_grad_(False)         # frozen: no row is added, no head untied, no weight moved
-    return model.eval().to(device), tokenizer
+    model.requires_grad_(False).eval()          # frozen: no row is added, no head untied, no weight moved
+    if not device_map:
+        return model.to(device), tokenizer
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+    add_hook_to_module(model.get_decoder(), AlignDevicesHook(execution_device=model.device, io_same_device=True), append=True)
+    model.get_output_embeddings().to(model.device)          # only the layers are spread: last hidden states and the head meet on the first GPU
+    return model, tokenizer
 # --- end shared ----------------------------------------------------------
 
 
@@ -141,29 +144,31 @@ class TokenLoss(torch.autograd.Function):
     """tau^2 KL(target || softmax(h W^T / tau)) of each token, in chunks: no (T, V) tensor outlives its chunk.
 
     The head is frozen, so the gradient with respect to h is all that the backward pass needs: (T, d) numbers, made in the forward pass while the chunk's
-    logits are still there. d/dh of tau^2 KL is tau (softmax(z/tau) - target) W.
+    logits are still there. d/dh of tau^2 KL is tau (softmax(z/tau) - target) W. In place where it can be: memory, not arithmetic, is what this costs.
     """
     @staticmethod
     def forward(ctx, hidden, weight, target, tau, chunk):
         losses, grad = [], torch.empty_like(hidden)
         for i in range(0, len(hidden), chunk):
-            logp = torch.log_softmax((hidden[i:i + chunk] @ weight.T).float() / tau, -1)            # (c, V)
-            t = target[i:i + chunk]
+            z, t = (hidden[i:i + chunk] @ weight.T).float().div_(tau), target[i:i + chunk]          # (c, V)
+            norm = z.logsumexp(-1, keepdim=True)                                                    # (c, 1)
             if t.dtype == torch.int64:                                      # a token id: its one-hot distribution, KL is the negative log-likelihood
-                losses.append(-logp.gather(1, t[:, None])[:, 0])
-                delta = logp.exp_().scatter_add_(1, t[:, None], -torch.ones_like(t[:, None], dtype=logp.dtype))
+                losses.append((norm - z.gather(1, t[:, None]))[:, 0])
+                delta = z.sub_(norm).exp_().scatter_add_(1, t[:, None], -torch.ones_like(norm))
             else:                                                           # the teacher's last hidden state: its logits are one product away
-                logq = torch.log_softmax((t @ weight.T).float() / tau, -1)
-                q = logq.exp()
-                losses.append(tau ** 2 * (q * (logq - logp)).sum(-1))
-                delta = logp.exp_().sub_(q).mul_(tau)
+                y = (t @ weight.T).float().div_(tau)
+                y_norm = y.logsumexp(-1, keepdim=True)
+                q = (y - y_norm).exp_()
+                losses.append(tau ** 2 * ((q * y.sub_(z)).sum(-1) + (norm - y_norm)[:, 0]))         # sum_v q (log q - log p)
+                delta = z.sub_(norm).exp_().sub_(q).mul_(tau)
             grad[i:i + chunk] = delta.to(weight.dtype) @ weight
         ctx.save_for_backward(grad)
         return torch.cat(losses)
 
     @staticmethod
     def backward(ctx, outer):
-        return ctx.saved_tensors[0] * outer[:, None].to(ctx.saved_tensors[0].dtype), None, None, None, None
+        grad, = ctx.saved_tensors
+        return grad * outer[:, None].to(grad.dtype), None, None, None, None
 
 
 def token_loss(hidden, weight, target, tau=1.0, chunk=128):
@@ -192,8 +197,8 @@ def load_artifact(path, kind, model_print, d, maker, strict=True):
             found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             v, m, p = found["vector"], found["model"], found.get("prompt")
             if (v.dtype == torch.float32 and v.dim() == 2 and len(v) and v.shape[1] == m["d"] and v.is_contiguous() and v.isfinite().all()
-                    and {"name", "fingerprint"} <= set(m) and found["layout"] in ("chat", "block")
-                    and (found["kind"] == "ae" or found["kind"] == "be" and found["stage"] in ("recon", "kd") and p["tokens"] and all(isinstance(x["role"] + x["content"], str) for x in p["messages"]))):
+                    and {"name", "fingerprint"} <= set(m) and found["layout"] in ("chat", "block") and (found["kind"] == "ae" or found["kind"] == "be"
+                    and found["stage"] in ("recon", "kd") and p["tokens"] and all(isinstance(x["role"] + x["content"], str) for x in p["messages"]))):
                 a = found
     except FileNotFoundError:
         fail(f"{path}: not there; make it with: {maker}")
@@ -203,11 +208,10 @@ def load_artifact(path, kind, model_print, d, maker, strict=True):
         fail(f"{path}: not a whole artifact (truncated, changed, or another kind of file); make it again with: {maker}")
     if a["kind"] != kind:
         fail(f"{path}: expected an artifact of kind '{kind}', found '{a['kind']}'; make one with: {maker}")
-    if model_print and (a["model"]["fingerprint"], a["model"]["d"]) != (model_print, d):
-        if not strict:
-            return None
+    if model_print in (None, a["model"]["fingerprint"]) and d in (None, a["model"]["d"]):
+        return a
+    if strict:
         fail(f"{path}: its vector belongs to another model ({a['model']['name']}, d = {a['model']['d']}), not to this one (d = {d}); make one with: {maker}")
-    return a
 # --- end shared ----------------------------------------------------------
 
 
@@ -232,19 +236,19 @@ def save_artifact(path, artifact):
     torch.save(artifact, data)
     data = data.getvalue()[:-2] + (64).to_bytes(2, "little")                # the comment's length, which was 0
     write(path, data + hashlib.sha256(data).hexdigest().encode())
+# --- end shared ----------------------------------------------------------
 
 
+# --- shared: run ---------------------------------------------------------
 def check_resume(path, saved, config):
     """--resume goes on with the settings that the run began with: exits with one line where one of them has changed."""
     if missing := {"config", "step", "best", "last", "history", "skipped"} - set(saved):
         fail(f"--resume: {path} holds no run to go on with (no {', '.join(sorted(missing))}); run without --resume to start anew")
     for name, value in saved["config"].items():
-        if name not in ("resume", "out", "device", "dtype", "micro_batch") and config.get(name, value) != value:
+        if name not in ("resume", "out", "device", "device_map", "dtype", "micro_batch", "compile", "checkpointing") and config.get(name, value) != value:
             fail(f"--resume: {path} began with --{name.replace('_', '-')} {value}, now it is {config[name]}; give the same, or run without --resume to start anew")
-# --- end shared ----------------------------------------------------------
 
 
-# --- shared: run ---------------------------------------------------------
 def claim(path):
     """The lock of an output -> to be kept for as long as the run goes. A second run on the same output is told and stops; the lock goes with the process."""
     try:
@@ -281,7 +285,7 @@ def chat_ids(tokenizer, messages, generate=True):
     """
     marks = [chr(0xE000 + i) for i in range(len(messages))]                  # private-use characters: no template has them
     turns = [{"role": m["role"], "content": mark} for m, mark in zip(messages, marks)]
-    try:                                                                      # Llama 3 templates print today's date unless they are given one
+    try:                                                                     # Llama 3 templates print today's date unless they are given one
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, date_string="26 Jul 2024")
     except jinja2.TemplateError as e:
         fail(f"this model's chat template refuses the roles {[m['role'] for m in messages]}: {e}; use a model with a system role")
@@ -307,26 +311,22 @@ def read_prompt(path):
         fail(f"--prompt {path}: expected UTF-8 text, found bytes that are not; save the prompt as plain UTF-8 text")
     if "\0" in text:
         fail(f"--prompt {path}: expected text, found NUL bytes, so this is a binary file")
-    if not text:
-        fail(f"--prompt {path}: the file is empty; write the system prompt into it")
-    if not str(path).endswith(".json"):
-        return [{"role": "system", "content": text}]
-    try:
-        messages = [{"role": str(m["role"]), "content": m["content"].strip()} for m in json.loads(text)["messages"]]
-        json.dumps(messages, ensure_ascii=False).encode()                   # a lone surrogate is no text
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        fail(f'--prompt {path}: expected {{"messages": [{{"role": ..., "content": ...}}, ...]}}')
+    messages = [{"role": "system", "content": text}]
+    if text and str(path).endswith(".json"):
+        try:
+            messages = [{"role": str(m["role"]), "content": m["content"].strip()} for m in json.loads(text)["messages"]]
+            json.dumps(messages, ensure_ascii=False).encode()               # a lone surrogate is no text
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            fail(f'--prompt {path}: expected {{"messages": [{{"role": ..., "content": ...}}, ...]}}')
     if not any(m["content"] for m in messages):
-        fail(f"--prompt {path}: its messages are empty")
+        fail(f"--prompt {path}: it is empty; write the system prompt into it")
     return messages
 
 
 def prompt_ids(tokenizer, messages, layout, limit):
     """The tokens (s_1, ..., s_m) that the slot stands for: the text of one system message in the chat layout, else the messages with the template's words."""
-    if layout == "chat" and [m["role"] for m in messages] == ["system"]:
-        ids = text_ids(tokenizer, messages[0]["content"])
-    else:
-        ids = chat_ids(tokenizer, messages, generate=False)
+    text_only = layout == "chat" and [m["role"] for m in messages] == ["system"]
+    ids = text_ids(tokenizer, messages[0]["content"]) if text_only else chat_ids(tokenizer, messages, generate=False)
     if not ids:
         fail("--prompt: this model has no token for any of its characters; give a prompt of plain text")
     if len(ids) > limit - 64:
@@ -356,14 +356,14 @@ def layout_ids(tokenizer, layout, slot, turns):
 
 # --- shared: find_ae -----------------------------------------------------
 def find_ae(path, model_print, d, model_name):
-    """The [AE] artifact of this model: the one named, else out/ae.pt, else one of artifacts/*.pt, whichever was made for these weights -> (1, d)."""
+    """The [AE] artifact of this model -> (1, d): the one named, else out/ae.pt, else one of artifacts/*.pt, whichever was made for these weights; "none" -> (0, d)."""
     maker = f"python stage0_ae.py --model {model_name}"
+    if path == "none":
+        return torch.zeros(0, d)
     for candidate in [path] if path else ["out/ae.pt", *sorted(glob.glob("artifacts/ae-*.pt"))]:
-        if path or Path(candidate).exists():
-            a = load_artifact(candidate, "ae", model_print, d, maker, strict=bool(path))
-            if a:
-                print(f"[AE]: {candidate}")
-                return a["vector"]
+        if (path or Path(candidate).exists()) and (a := load_artifact(candidate, "ae", model_print, d, maker, strict=bool(path))):
+            print(f"[AE]: {candidate}")
+            return a["vector"]
     fail(f"no [AE] of this model in out/ae.pt or artifacts/; make one with: {maker}")
 # --- end shared ----------------------------------------------------------
 
@@ -371,16 +371,14 @@ def find_ae(path, model_print, d, model_name):
 # --- shared: plot --------------------------------------------------------
 def plot(path, history, title):
     """The loss curves as a PNG beside the artifact. history: list of {"step": ..., name: value}; values of one name make one line."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    fig, ax = pyplot.subplots(figsize=(7, 4))
+    from matplotlib.figure import Figure
+    figure, image = Figure(figsize=(7, 4)), io.BytesIO()
+    axes = figure.subplots()
     for name in dict.fromkeys(k for row in history for k in row if k != "step"):
-        ax.plot(*zip(*[(row["step"], row[name]) for row in history if name in row]), label=name)
-    ax.set(xlabel="step", ylabel="nats a token", title=title)
-    ax.legend()
-    image = io.BytesIO()
-    fig.savefig(image, dpi=100, bbox_inches="tight")
+        axes.plot(*zip(*[(row["step"], row[name]) for row in history if name in row]), label=name)
+    axes.set(xlabel="step", ylabel="nats a token", title=title)
+    axes.legend()
+    figure.savefig(image, dpi=100, bbox_inches="tight")
     write(path, image.getvalue())
 # --- end shared ----------------------------------------------------------
 
@@ -402,10 +400,10 @@ def main():
     messages = read_prompt(args.prompt)
     _lock = claim(args.out)                                                                          # held until the end of the run
     device, dtype, attention = pick_device(args.device, args.dtype)
-    model, tokenizer = load_frozen(args.model, device, dtype, attention, args.trust_remote_code)
+    model, tokenizer = load_frozen(args.model, device, dtype, attention, args.trust_remote_code, args.device_map)
     body, weight = model.get_decoder(), model.get_output_embeddings().weight                        # weight (V, d)
     before, d = fingerprint(model), weight.shape[1]
-    ae = find_ae(args.ae, before, d, args.model).to(device)                                         # (1, d) fp32, not trained here
+    ae = find_ae(args.ae, before, d, args.model).to(device)                                         # (1, d) fp32, not trained here; (0, d) for none
 
     # the sequence: what stands before the slot in the layout, [BE], [AE], P. Attention looks back only, so with the same words before it
     # [BE] has the very keys and values here that it will have in a chat.
@@ -413,7 +411,7 @@ def main():
     slot = [-1 - i for i in range(args.k)]
     start = layout_ids(tokenizer, args.layout, slot, [{"role": "user", "content": "?"}])
     start = start[:start.index(-1)]
-    opening = torch.tensor([start + slot + [-1 - args.k]], device=device)                           # (1, s + k + 1): ... [BE] [AE]
+    opening = torch.tensor([start + slot + [-1 - args.k] * len(ae)], device=device)                 # (1, s + k + 1): ... [BE] [AE]
     target = torch.tensor(s, device=device)                                                         # (m,)
     ids = torch.cat([opening, target[None, :-1]], 1)                                                # (1, s + k + m): s_m is predicted, never read
     m = len(s)
@@ -440,6 +438,9 @@ def main():
         first, best, history, skipped = artifact["step"], artifact["best"], artifact["history"], artifact["skipped"]
     done = args.resume and best["right"] == m
 
+    if args.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()                                       # transformers checkpoints a model in training only; these have no dropout
     asked, bad = [], 0
     on_stop(asked.append)
     bar = tqdm(range(args.steps if done else first, args.steps), initial=first, total=args.steps, desc="[BE] recon", dynamic_ncols=True)
@@ -481,6 +482,7 @@ def main():
         if done:
             break
     bar.close()
+    model.eval()
     on_stop(lambda number: sys.exit(128 + number))
 
     said = give_back(model, opening, torch.cat([best["vector"].to(device), ae]), m)

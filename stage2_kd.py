@@ -55,7 +55,7 @@ def settings():
     add("--queries",       default="",                    help=".txt, a query a line; .jsonl with question, query or instruction; or self. Default: NAME.queries.txt beside the prompt, else self")
     add("--test-queries",  default="",                    help="for the last table only, never trained or chosen on. Default: NAME.test.txt beside the prompt, else the held-out queries")
     add("--be",            default=[], nargs="+",         help="stage 1's artifact for each prompt, where training starts. Default: as --out")
-    add("--ae",            default="",                    help="the [AE] artifact; without it out/ae.pt, else artifacts/, whichever fits the model")
+    add("--ae",            default="",                    help="the [AE] artifact, or none; by default out/ae.pt, else artifacts/, whichever fits the model")
     add("--out",           default=[], nargs="+",         help="the artifact for each prompt. Default: out/be.pt, or out/NAME.be.pt for several")
     add("--resume",        action="store_true",           help="go on from --out")
     add("--init",          default="be", choices=["be", "random"], help="start from --be, or from noise (then --layout and --k count)")
@@ -63,11 +63,13 @@ def settings():
     add("--k",             default=0,    type=number(int, 1),      help="vectors to learn, 1 by default; with --init be as many as the artifact has")
     add("--lam",           default=0.9,  type=number(float, 0, 1), help="lambda, the weight of L_KD; at 1 there is no L_recon")
     add("--tau",           default=2.0,  type=number(float, 0.01), help="the temperature of L_KD")
+    add("--answers",       default="teacher", choices=["teacher", "gold"], help="train along the teacher's own answers, or along the \"answer\" of each row of --queries")
+    add("--hard",          action="store_true",           help="prompt tuning instead of L_KD: cross-entropy with the tokens of those answers")
     add("--recon-every",   default=4,    type=number(int, 1),      help="L_recon enters every so many steps, that much heavier: the same gradient on average, at 1/4 of its cost")
     add("--steps",         default=600,  type=number(int, 0),      help="optimizer steps; 0 only measures the vector of --be")
     add("--batch",         default=4,    type=number(int, 1),      help="queries a step for each prompt; many small steps beat few large ones (results/LOG.md)")
-    add("--micro-batch",   default=16,   type=number(int, 1),      help="queries in one pass; the gradients of a step's passes add up")
-    add("--lr",            default=3e-2, type=number(float, 0),    help="peak; AdamW, linear warm-up over 10 steps, then a cosine to zero")
+    add("--micro-batch",   default=4,    type=number(int, 1),      help="queries in one pass; the gradients of a step's passes add up. Larger on a GPU")
+    add("--lr",            default=0.12, type=number(float, 0),    help="peak; AdamW with beta2 0.95, linear warm-up over 10 steps, then a cosine to zero. 3e-2 with 0.999 ends 0.03 to 0.06 lower (results/LOG.md)")
     add("--answer-tokens", default=64,   type=number(int, 1),      help="the teacher's answers are cut here")
     add("--turns",         default=1,    type=number(int, 1),      help="turns of a chat to train and test on: follow-up questions after the teacher's own answers")
     add("--held-out",      default=0.15, type=number(float, 0.01, 0.9), help="share of the queries kept from training; the best vector is chosen on them (at most 32)")
@@ -76,7 +78,10 @@ def settings():
     add("--eval-every",    default=50,   type=number(int, 1),      help="steps between two looks at the held-out queries; the artifact is saved then")
     add("--seed",          default=0,    type=int,                 help="of the start vector, the split and the order of queries")
     add("--device",        default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: CUDA, then MPS, then CPU")
-    add("--dtype",         default="auto", choices=["auto", "bf16", "fp32"],       help="of the frozen weights; [BE] itself is always fp32")
+    add("--device-map",    default=None, choices=["auto"],         help="auto: the layers of a model larger than one GPU over all of them; needs accelerate")
+    add("--dtype",         default="auto", choices=["auto", "bf16", "fp32"], help="of the frozen weights; [BE] itself is always fp32")
+    add("--compile",       action="store_true",           help="torch.compile; on a CPU it pays back its 80 s of compiling after some 700 steps")
+    add("--checkpointing", action="store_true",           help="keep no activations for the backward pass, compute them again: for L_recon of prompts of thousands of tokens")
     add("--trust-remote-code", action="store_true", help="run the model code that a hub repository ships; off: none but that of transformers")
     p.error = lambda message: fail(f"{message}; see --help")
     return p.parse_args()
@@ -93,8 +98,7 @@ def fail(message, code=2):
 def number(kind, low, high=math.inf):
     """An argparse type: an int or float from low to high."""
     def parse(text):
-        value = kind(text)
-        if not low <= value <= high or value == math.inf:
+        if not low <= (value := kind(text)) <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"expected {'a number' if kind is float else 'a whole number'} from {low} to {high}, found {text}")
         return value
     parse.__name__ = "number" if kind is float else "whole number"
@@ -105,43 +109,46 @@ def number(kind, low, high=math.inf):
 # --- shared: device ------------------------------------------------------
 def pick_device(device, dtype):
     """Where and how to run -> (torch.device, dtype of the frozen weights, attention implementation); prints the reason."""
-    mps = torch.backends.mps.is_available()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if (device == "cuda" and not torch.cuda.is_available()) or (device == "mps" and not mps):
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(name for name in there if there[name]) if device == "auto" else device
+    if not there[device]:
         fail(f"--device {device}: this PyTorch sees no {device} device; use --device auto or cpu")
+    fast, why, attention = torch.float32, "the safe choice on MPS", "sdpa"
     if device == "cuda":        # bf16 weights too: autocast would cast frozen fp32 weights anew in every step
-        fast, why = torch.bfloat16, "autocast"
         flash = importlib.util.find_spec("flash_attn") and dtype != "fp32" and torch.cuda.get_device_capability()[0] >= 8
-        attention = "flash_attention_2" if flash else "sdpa"
-    elif device == "mps":
-        fast, why, attention = torch.float32, "the safe choice on MPS", "sdpa"
-    else:                       # AMX or AVX512-BF16: a step in bf16 takes 0.6 of fp32's time (results/LOG.md); other CPUs emulate it, slower than fp32
+        fast, why, attention = torch.bfloat16, "autocast", "flash_attention_2" if flash else "sdpa"
+    elif device == "cpu":       # AMX or AVX512-BF16: a step in bf16 takes 0.6 of fp32's time (results/LOG.md); other CPUs emulate it, slower than fp32
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         fast, why = (torch.bfloat16, "this CPU multiplies bf16 natively") if native else (torch.float32, "this CPU has no native bf16")
         attention = "eager"     # as fast as SDPA at chat lengths, twice as fast on CPUs with AMX
     dtype = {"auto": fast, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads" if device == "cpu" else "Apple GPU"
+    name = {"cuda": torch.cuda.get_device_name, "mps": lambda: "Apple GPU", "cpu": lambda: f"{torch.get_num_threads()} threads"}[device]()
     print(f"device: {device} ({name}), weights {str(dtype)[6:]} ({why if dtype == fast else 'as asked'}), attention {attention}")
     return torch.device(device), dtype, attention
 # --- end shared ----------------------------------------------------------
 
 
 # --- shared: load_frozen -------------------------------------------------
-def load_frozen(name, device, dtype, attention, trust=False):
-    """The frozen chat model and its tokenizer. name: hub name or folder; trust: run the code that it ships. Exits with one line if there is no such model or it is no chat model."""
+def load_frozen(name, device, dtype, attention, trust=False, device_map=None):
+    """The frozen chat model and its tokenizer. name: hub name or folder; trust: run the code that it ships; device_map: "auto" spreads its layers over all
+    GPUs. Exits with one line if there is no such model or it is no chat model."""
     if name == "models/smollm2-135m" and not Path(name, "config.json").exists():
         fail(f"the default model is not at {name} yet; fetch it once with: python models/prepare.py")
     try:
         transformers.utils.logging.disable_progress_bar()
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention, trust_remote_code=trust)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention, trust_remote_code=trust, device_map=device_map)
     except (OSError, ValueError, ImportError, safetensors.SafetensorError) as e:
         fail(f"--model {name}: expected a hub name or a folder with a Llama or Qwen chat model; transformers says: {str(e).strip().splitlines()[0]}")
     if not tokenizer.chat_template:
         fail(f"--model {name}: its tokenizer has no chat template, so it is a base model; use the -Instruct or -Chat one")
-    model.requires_grad_(False)         # frozen: no row is added, no head untied, no weight moved
-    return model.eval().to(device), tokenizer
+    model.requires_grad_(False).eval()          # frozen: no row is added, no head untied, no weight moved
+    if not device_map:
+        return model.to(device), tokenizer
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+    add_hook_to_module(model.get_decoder(), AlignDevicesHook(execution_device=model.device, io_same_device=True), append=True)
+    model.get_output_embeddings().to(model.device)          # only the layers are spread: last hidden states and the head meet on the first GPU
+    return model, tokenizer
 # --- end shared ----------------------------------------------------------
 
 
@@ -164,29 +171,31 @@ class TokenLoss(torch.autograd.Function):
     """tau^2 KL(target || softmax(h W^T / tau)) of each token, in chunks: no (T, V) tensor outlives its chunk.
 
     The head is frozen, so the gradient with respect to h is all that the backward pass needs: (T, d) numbers, made in the forward pass while the chunk's
-    logits are still there. d/dh of tau^2 KL is tau (softmax(z/tau) - target) W.
+    logits are still there. d/dh of tau^2 KL is tau (softmax(z/tau) - target) W. In place where it can be: memory, not arithmetic, is what this costs.
     """
     @staticmethod
     def forward(ctx, hidden, weight, target, tau, chunk):
         losses, grad = [], torch.empty_like(hidden)
         for i in range(0, len(hidden), chunk):
-            logp = torch.log_softmax((hidden[i:i + chunk] @ weight.T).float() / tau, -1)            # (c, V)
-            t = target[i:i + chunk]
+            z, t = (hidden[i:i + chunk] @ weight.T).float().div_(tau), target[i:i + chunk]          # (c, V)
+            norm = z.logsumexp(-1, keepdim=True)                                                    # (c, 1)
             if t.dtype == torch.int64:                                      # a token id: its one-hot distribution, KL is the negative log-likelihood
-                losses.append(-logp.gather(1, t[:, None])[:, 0])
-                delta = logp.exp_().scatter_add_(1, t[:, None], -torch.ones_like(t[:, None], dtype=logp.dtype))
+                losses.append((norm - z.gather(1, t[:, None]))[:, 0])
+                delta = z.sub_(norm).exp_().scatter_add_(1, t[:, None], -torch.ones_like(norm))
             else:                                                           # the teacher's last hidden state: its logits are one product away
-                logq = torch.log_softmax((t @ weight.T).float() / tau, -1)
-                q = logq.exp()
-                losses.append(tau ** 2 * (q * (logq - logp)).sum(-1))
-                delta = logp.exp_().sub_(q).mul_(tau)
+                y = (t @ weight.T).float().div_(tau)
+                y_norm = y.logsumexp(-1, keepdim=True)
+                q = (y - y_norm).exp_()
+                losses.append(tau ** 2 * ((q * y.sub_(z)).sum(-1) + (norm - y_norm)[:, 0]))         # sum_v q (log q - log p)
+                delta = z.sub_(norm).exp_().sub_(q).mul_(tau)
             grad[i:i + chunk] = delta.to(weight.dtype) @ weight
         ctx.save_for_backward(grad)
         return torch.cat(losses)
 
     @staticmethod
     def backward(ctx, outer):
-        return ctx.saved_tensors[0] * outer[:, None].to(ctx.saved_tensors[0].dtype), None, None, None, None
+        grad, = ctx.saved_tensors
+        return grad * outer[:, None].to(grad.dtype), None, None, None, None
 
 
 def token_loss(hidden, weight, target, tau=1.0, chunk=128):
@@ -215,8 +224,8 @@ def load_artifact(path, kind, model_print, d, maker, strict=True):
             found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             v, m, p = found["vector"], found["model"], found.get("prompt")
             if (v.dtype == torch.float32 and v.dim() == 2 and len(v) and v.shape[1] == m["d"] and v.is_contiguous() and v.isfinite().all()
-                    and {"name", "fingerprint"} <= set(m) and found["layout"] in ("chat", "block")
-                    and (found["kind"] == "ae" or found["kind"] == "be" and found["stage"] in ("recon", "kd") and p["tokens"] and all(isinstance(x["role"] + x["content"], str) for x in p["messages"]))):
+                    and {"name", "fingerprint"} <= set(m) and found["layout"] in ("chat", "block") and (found["kind"] == "ae" or found["kind"] == "be"
+                    and found["stage"] in ("recon", "kd") and p["tokens"] and all(isinstance(x["role"] + x["content"], str) for x in p["messages"]))):
                 a = found
     except FileNotFoundError:
         fail(f"{path}: not there; make it with: {maker}")
@@ -226,11 +235,10 @@ def load_artifact(path, kind, model_print, d, maker, strict=True):
         fail(f"{path}: not a whole artifact (truncated, changed, or another kind of file); make it again with: {maker}")
     if a["kind"] != kind:
         fail(f"{path}: expected an artifact of kind '{kind}', found '{a['kind']}'; make one with: {maker}")
-    if model_print and (a["model"]["fingerprint"], a["model"]["d"]) != (model_print, d):
-        if not strict:
-            return None
+    if model_print in (None, a["model"]["fingerprint"]) and d in (None, a["model"]["d"]):
+        return a
+    if strict:
         fail(f"{path}: its vector belongs to another model ({a['model']['name']}, d = {a['model']['d']}), not to this one (d = {d}); make one with: {maker}")
-    return a
 # --- end shared ----------------------------------------------------------
 
 
@@ -255,15 +263,38 @@ def save_artifact(path, artifact):
     torch.save(artifact, data)
     data = data.getvalue()[:-2] + (64).to_bytes(2, "little")                # the comment's length, which was 0
     write(path, data + hashlib.sha256(data).hexdigest().encode())
+# --- end shared ----------------------------------------------------------
 
 
+# --- shared: run ---------------------------------------------------------
 def check_resume(path, saved, config):
     """--resume goes on with the settings that the run began with: exits with one line where one of them has changed."""
     if missing := {"config", "step", "best", "last", "history", "skipped"} - set(saved):
         fail(f"--resume: {path} holds no run to go on with (no {', '.join(sorted(missing))}); run without --resume to start anew")
     for name, value in saved["config"].items():
-        if name not in ("resume", "out", "device", "dtype", "micro_batch") and config.get(name, value) != value:
+        if name not in ("resume", "out", "device", "device_map", "dtype", "micro_batch", "compile", "checkpointing") and config.get(name, value) != value:
             fail(f"--resume: {path} began with --{name.replace('_', '-')} {value}, now it is {config[name]}; give the same, or run without --resume to start anew")
+
+
+def claim(path):
+    """The lock of an output -> to be kept for as long as the run goes. A second run on the same output is told and stops; the lock goes with the process."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if Path(path).is_dir():
+            fail(f"--out {path}: expected a file to write, found a folder; give a name in it")
+        lock = filelock.FileLock(f"{path}.lock")
+        lock.acquire(timeout=0)
+        return lock
+    except filelock.Timeout:
+        fail(f"--out {path}: another run is writing it; wait for it, or give another --out")
+    except OSError as e:
+        fail(f"--out {path}: cannot be written ({e.strerror}); give another --out")
+
+
+def on_stop(action):
+    """SIGINT and SIGTERM call action(signal number): the loop finishes its step and saves; elsewhere the run ends at once. The exit code is 128 + the number."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: action(number))
 # --- end shared ----------------------------------------------------------
 
 
@@ -287,29 +318,6 @@ def barrier():
 # --- end shared ----------------------------------------------------------
 
 
-# --- shared: run ---------------------------------------------------------
-def claim(path):
-    """The lock of an output -> to be kept for as long as the run goes. A second run on the same output is told and stops; the lock goes with the process."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        if Path(path).is_dir():
-            fail(f"--out {path}: expected a file to write, found a folder; give a name in it")
-        lock = filelock.FileLock(f"{path}.lock")
-        lock.acquire(timeout=0)
-        return lock
-    except filelock.Timeout:
-        fail(f"--out {path}: another run is writing it; wait for it, or give another --out")
-    except OSError as e:
-        fail(f"--out {path}: cannot be written ({e.strerror}); give another --out")
-
-
-def on_stop(action):
-    """SIGINT and SIGTERM call action(signal number): the loop finishes its step and saves; elsewhere the run ends at once. The exit code is 128 + the number."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: action(number))
-# --- end shared ----------------------------------------------------------
-
-
 # --- shared: chat_ids ----------------------------------------------------
 def text_ids(tokenizer, text):
     """Token ids of plain text: no BOS, and the name of a special token inside it is text, not the token."""
@@ -324,7 +332,7 @@ def chat_ids(tokenizer, messages, generate=True):
     """
     marks = [chr(0xE000 + i) for i in range(len(messages))]                  # private-use characters: no template has them
     turns = [{"role": m["role"], "content": mark} for m, mark in zip(messages, marks)]
-    try:                                                                      # Llama 3 templates print today's date unless they are given one
+    try:                                                                     # Llama 3 templates print today's date unless they are given one
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, date_string="26 Jul 2024")
     except jinja2.TemplateError as e:
         fail(f"this model's chat template refuses the roles {[m['role'] for m in messages]}: {e}; use a model with a system role")
@@ -350,26 +358,22 @@ def read_prompt(path):
         fail(f"--prompt {path}: expected UTF-8 text, found bytes that are not; save the prompt as plain UTF-8 text")
     if "\0" in text:
         fail(f"--prompt {path}: expected text, found NUL bytes, so this is a binary file")
-    if not text:
-        fail(f"--prompt {path}: the file is empty; write the system prompt into it")
-    if not str(path).endswith(".json"):
-        return [{"role": "system", "content": text}]
-    try:
-        messages = [{"role": str(m["role"]), "content": m["content"].strip()} for m in json.loads(text)["messages"]]
-        json.dumps(messages, ensure_ascii=False).encode()                   # a lone surrogate is no text
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        fail(f'--prompt {path}: expected {{"messages": [{{"role": ..., "content": ...}}, ...]}}')
+    messages = [{"role": "system", "content": text}]
+    if text and str(path).endswith(".json"):
+        try:
+            messages = [{"role": str(m["role"]), "content": m["content"].strip()} for m in json.loads(text)["messages"]]
+            json.dumps(messages, ensure_ascii=False).encode()               # a lone surrogate is no text
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            fail(f'--prompt {path}: expected {{"messages": [{{"role": ..., "content": ...}}, ...]}}')
     if not any(m["content"] for m in messages):
-        fail(f"--prompt {path}: its messages are empty")
+        fail(f"--prompt {path}: it is empty; write the system prompt into it")
     return messages
 
 
 def prompt_ids(tokenizer, messages, layout, limit):
     """The tokens (s_1, ..., s_m) that the slot stands for: the text of one system message in the chat layout, else the messages with the template's words."""
-    if layout == "chat" and [m["role"] for m in messages] == ["system"]:
-        ids = text_ids(tokenizer, messages[0]["content"])
-    else:
-        ids = chat_ids(tokenizer, messages, generate=False)
+    text_only = layout == "chat" and [m["role"] for m in messages] == ["system"]
+    ids = text_ids(tokenizer, messages[0]["content"]) if text_only else chat_ids(tokenizer, messages, generate=False)
     if not ids:
         fail("--prompt: this model has no token for any of its characters; give a prompt of plain text")
     if len(ids) > limit - 64:
@@ -399,14 +403,14 @@ def layout_ids(tokenizer, layout, slot, turns):
 
 # --- shared: find_ae -----------------------------------------------------
 def find_ae(path, model_print, d, model_name):
-    """The [AE] artifact of this model: the one named, else out/ae.pt, else one of artifacts/*.pt, whichever was made for these weights -> (1, d)."""
+    """The [AE] artifact of this model -> (1, d): the one named, else out/ae.pt, else one of artifacts/*.pt, whichever was made for these weights; "none" -> (0, d)."""
     maker = f"python stage0_ae.py --model {model_name}"
+    if path == "none":
+        return torch.zeros(0, d)
     for candidate in [path] if path else ["out/ae.pt", *sorted(glob.glob("artifacts/ae-*.pt"))]:
-        if path or Path(candidate).exists():
-            a = load_artifact(candidate, "ae", model_print, d, maker, strict=bool(path))
-            if a:
-                print(f"[AE]: {candidate}")
-                return a["vector"]
+        if (path or Path(candidate).exists()) and (a := load_artifact(candidate, "ae", model_print, d, maker, strict=bool(path))):
+            print(f"[AE]: {candidate}")
+            return a["vector"]
     fail(f"no [AE] of this model in out/ae.pt or artifacts/; make one with: {maker}")
 # --- end shared ----------------------------------------------------------
 
@@ -414,38 +418,37 @@ def find_ae(path, model_print, d, model_name):
 # --- shared: plot --------------------------------------------------------
 def plot(path, history, title):
     """The loss curves as a PNG beside the artifact. history: list of {"step": ..., name: value}; values of one name make one line."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    fig, ax = pyplot.subplots(figsize=(7, 4))
+    from matplotlib.figure import Figure
+    figure, image = Figure(figsize=(7, 4)), io.BytesIO()
+    axes = figure.subplots()
     for name in dict.fromkeys(k for row in history for k in row if k != "step"):
-        ax.plot(*zip(*[(row["step"], row[name]) for row in history if name in row]), label=name)
-    ax.set(xlabel="step", ylabel="nats a token", title=title)
-    ax.legend()
-    image = io.BytesIO()
-    fig.savefig(image, dpi=100, bbox_inches="tight")
+        axes.plot(*zip(*[(row["step"], row[name]) for row in history if name in row]), label=name)
+    axes.set(xlabel="step", ylabel="nats a token", title=title)
+    axes.legend()
+    figure.savefig(image, dpi=100, bbox_inches="tight")
     write(path, image.getvalue())
 # --- end shared ----------------------------------------------------------
 
 
 def read_queries(path):
-    """The queries of a .txt (one a line) or .jsonl file ("question", "query" or "instruction") -> list of texts, without empty and repeated ones."""
+    """A .txt (one a line) or .jsonl file ("question", "query" or "instruction") -> {query: the row's "answer" or ""}, without empty and repeated queries."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         fail(f"{path}: expected a .txt or .jsonl file of queries in UTF-8, but it cannot be read: {getattr(e, 'strerror', None) or 'not UTF-8'}")
-    queries = []
-    for n, line in enumerate(lines, 1):
-        if str(path).endswith(".jsonl") and line.strip():
+    queries = {}
+    for n, line in enumerate(map(str.strip, lines), 1):
+        query, gold = line, ""
+        if str(path).endswith(".jsonl") and line:
             try:
                 row = json.loads(line)
-                queries.append(next(row[key] for key in ("question", "query", "instruction") if key in row).strip())
-                queries[-1].encode()                                        # a lone surrogate is no text
+                query, gold = next(row[key] for key in ("question", "query", "instruction") if key in row).strip(), str(row.get("answer", "")).strip()
+                (query + gold).encode()                                     # a lone surrogate is no text
             except (ValueError, StopIteration, TypeError, AttributeError, RecursionError):
                 fail(f'{path}, line {n}: expected a json object with a "question", "query" or "instruction" that is a text, found {line[:60]!r}')
-        else:
-            queries.append(line.strip())
-    return list(dict.fromkeys(q for q in queries if q))
+        if query:
+            queries.setdefault(query, gold)
+    return queries
 
 
 # --- shared: generate ----------------------------------------------------
@@ -478,11 +481,10 @@ def generate(model, rows, stop, limit, temperature=0.0, seed=0, skip=()):
             out = body(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
             cache, h = out.past_key_values, out.last_hidden_state[:, -1]                            # (B, d)
             logits = (h @ weight.T).float()                                                         # (B, V)
+            ids = logits.argmax(-1, keepdim=True)                                                   # (B, 1)
             if temperature > 0:
                 chance = torch.tensor([[torch.rand((), generator=r)] for r in rngs], device=logits.device)
                 ids = (torch.softmax(logits / temperature, -1).cumsum(-1) < chance).sum(-1, keepdim=True).clamp(max=logits.shape[1] - 1)
-            else:
-                ids = logits.argmax(-1, keepdim=True)                                               # (B, 1)
             said.append(ids)
             hidden.append(h)
             mask = torch.cat([mask, torch.ones_like(ids)], 1)
@@ -496,10 +498,10 @@ def generate(model, rows, stop, limit, temperature=0.0, seed=0, skip=()):
 # --- end shared ----------------------------------------------------------
 
 
-def teacher(model, rows, stop, limit, temperature, seed, model_print, folder):
+def teacher(model, rows, stop, limit, temperature, seed, model_print, folder, rank=0):
     """The frozen model's answers to rows (prompt and query, as ids), from disk where they are there -> (answers: lists of ids, hidden: (T, d) bf16 tensors, memory-mapped).
 
-    One file, named by a hash of all that the answers depend on, so a stale one is never read. It is saved once a minute: a killed run goes on.
+    One file, named by a hash of all that the answers depend on, so a stale one is never read. Rank 0 makes it and saves once a minute: a killed run goes on.
     """
     key = hashlib.sha256(json.dumps([model_print, rows, stop.tolist(), limit, temperature, seed, str(model.dtype)]).encode()).hexdigest()[:16]
     path, done = Path(folder, f"teacher-{key}.pt"), {}
@@ -508,13 +510,13 @@ def teacher(model, rows, stop, limit, temperature, seed, model_print, folder):
         kept = torch.load(path, mmap=True, weights_only=True)
         return dict(zip(kept["rows"], zip(kept["answers"], kept["hidden"].split([len(a) for a in kept["answers"]]))))
 
-    if path.exists():
+    if path.exists() and rank == 0:
         try:
             done = read()
         except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError):
             print(f"teacher: {path} is damaged; the answers are made again")
     found, saved = len(done), time.monotonic()
-    if found < len(rows):
+    if found < len(rows) and rank == 0:
         with tqdm(total=len(rows), initial=found, desc="teacher", dynamic_ncols=True) as bar:
             for i, answer, h in generate(model, rows, stop, limit, temperature, seed, skip=done):
                 done[i] = answer, h.to("cpu", torch.bfloat16)
@@ -522,7 +524,8 @@ def teacher(model, rows, stop, limit, temperature, seed, model_print, folder):
                 if time.monotonic() - saved > 60 or len(done) == len(rows):
                     save_artifact(path, {"rows": list(done), "answers": [a for a, _ in done.values()], "hidden": torch.cat([h for _, h in done.values()])})
                     saved = time.monotonic()
-        done = read()
+    barrier()
+    done = read()
     print(f"teacher: {found} answers found, {len(rows) - found} made, {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return [done[i][0] for i in range(len(rows))], [done[i][1] for i in range(len(rows))]
 
@@ -594,37 +597,39 @@ def read_inputs(args, n):
     t.lock = claim(t.out) if os.environ.get("RANK", "0") == "0" else None                            # held until the end of the run
     t.be_path, beside = args.be[n] if args.be else t.out, str(Path(path).with_suffix(""))
     t.source = args.queries or (f"{beside}.queries.txt" if Path(f"{beside}.queries.txt").exists() else "self")
-    t.queries = read_queries(t.source) if t.source != "self" else []
+    t.gold = read_queries(t.source) if t.source != "self" else {}
     test = args.test_queries or (f"{beside}.test.txt" if Path(f"{beside}.test.txt").exists() else "")
-    t.test_queries = read_queries(test) if test else []
+    t.test_queries = [q for q in read_queries(test) if q not in t.gold] if test else []
+    if args.answers == "gold" and not (t.gold and all(t.gold.values())):
+        fail(f"--answers gold: expected an \"answer\" in each row of {t.source}; give --queries a .jsonl file that has them")
+    if t.source != "self":
+        split_queries(args, t)
     return t
 
 
-def split_queries(args, t, model, tokenizer, model_print, stop, rank):
-    """The queries in their random order, the first t.n_held of them held out. Those that the model itself is asked for are asked once, then read from a file."""
-    if t.source == "self":
-        t.source = Path(t.out).with_name(f"queries-{hashlib.sha256(json.dumps([model_print, t.messages, args.self_queries, args.seed]).encode()).hexdigest()[:16]}.txt")
-        if not t.source.exists() and rank == 0:
-            asked = self_queries(model, tokenizer, t.messages, stop, args.self_queries, args.seed)
-            if len(asked) <= args.batch:
-                fail(f"--queries self: the model asked only {len(asked)} questions; write some and give them with --queries")
-            Path(f"{t.source}.tmp").write_text("".join(q + "\n" for q in asked), encoding="utf-8")
-            os.replace(f"{t.source}.tmp", t.source)
-            print("queries: the model itself asked " + "\n   ".join(["", *asked[:5]]))
-        barrier()
-        t.queries = read_queries(t.source)
+def split_queries(args, t):
+    """The queries in their random order; the first t.n_held of them are held out."""
+    t.queries = list(t.gold)
+    random.Random(args.seed).shuffle(t.queries)
     t.n_held = min(32, max(1, round(len(t.queries) * args.held_out)))
     if len(t.queries) - t.n_held < args.batch:
         fail(f"queries: expected at least --batch = {args.batch} to train on after {t.n_held} held out, found {len(t.queries)} in all ({t.source}); give more, or a smaller --batch")
-    t.test_queries = [q for q in t.test_queries if q not in set(t.queries)]
-    random.Random(args.seed).shuffle(t.queries)
 
 
 def make_examples(args, t, model, tokenizer, model_print, stop, rank):
-    """What the teacher reads and answers and what the student reads, an example for each query and turn of the chat, all queries of turn 1 first."""
-    everything = t.queries + t.test_queries
-    n, chats, t.turns, t.full, t.answers, t.teacher_hidden = len(everything), [[{"role": "user", "content": q}] for q in everything], [], [], [], []
-    room = model.config.max_position_embeddings - args.answer_tokens
+    """What the teacher reads and answers and what the student reads: an example for each query and turn of the chat, all queries of turn 1 first."""
+    if t.source == "self":                                                                           # asked once, then read from a file
+        t.source = Path(t.out).with_name(f"queries-{hashlib.sha256(json.dumps([model_print, t.messages, args.self_queries, args.seed]).encode()).hexdigest()[:16]}.txt")
+        if not t.source.exists() and rank == 0:
+            asked = self_queries(model, tokenizer, t.messages, stop, args.self_queries, args.seed)
+            write(t.source, "".join(q + "\n" for q in asked).encode())
+            print("queries: the model itself asked " + "\n   ".join(["", *asked[:5]]))
+        barrier()
+        t.gold = read_queries(t.source)
+        t.test_queries = [q for q in t.test_queries if q not in t.gold]
+        split_queries(args, t)
+    n, room = len(t.queries) + len(t.test_queries), model.config.max_position_embeddings - args.answer_tokens
+    chats, t.turns, t.full, t.answers, t.teacher_hidden = [[{"role": "user", "content": q}] for q in t.queries + t.test_queries], [], [], [], []
     for turn in range(args.turns):
         if turn:                                                                                     # the teacher's own answer of the turn before, then a follow-up question
             said = [{"role": "assistant", "content": [x for x in a if x not in stop]} for a in t.answers[-n:]]
@@ -632,15 +637,16 @@ def make_examples(args, t, model, tokenizer, model_print, stop, rank):
         full = [chat_ids(tokenizer, t.messages + c) for c in chats]
         if (longest := max(map(len, full))) > room:
             fail(f"{t.path}: expected prompt and query to take at most {room} tokens (the model's context less --answer-tokens), found {longest}; shorten them, or --answer-tokens")
-        for turn_of_rank in (rank == 0, rank > 0):                                                   # rank 0 asks, the others read its file
-            if turn_of_rank:
-                answers, hidden = teacher(model, full, stop, args.answer_tokens, args.temperature, args.seed, model_print, Path(t.out).parent)
-            barrier()
+        answers, hidden = teacher(model, full, stop, args.answer_tokens, args.temperature, args.seed, model_print, Path(t.out).parent, rank)
         t.turns, t.full, t.answers, t.teacher_hidden = t.turns + chats, t.full + full, t.answers + answers, t.teacher_hidden + hidden
-    t.rows = [layout_ids(tokenizer, t.layout, [-1 - i for i in range(t.k)], c) for c in t.turns]
+    t.rows = [layout_ids(tokenizer, t.layout, t.slot, c) for c in t.turns]
     t.none = [layout_ids(tokenizer, t.layout, [], c) for c in t.turns]                               # no prompt: the same words around an empty slot
     t.held, t.train = ([turn * n + i for turn in range(args.turns) for i in part] for part in (range(t.n_held), range(t.n_held, len(t.queries))))
     t.test = [[turn * n + i for i in (range(len(t.queries), n) if t.test_queries else range(t.n_held))] for turn in range(args.turns)]
+    for i in t.train if args.answers == "gold" else []:                                              # held-out and test queries keep the teacher's own answers: they are the measure
+        t.answers[i] = text_ids(tokenizer, t.gold[t.queries[i]])[:args.answer_tokens - 1] + [stop[0].item()]
+        with torch.no_grad():
+            t.teacher_hidden[i] = answer_hidden(model, [t.full[i]], [t.answers[i]], torch.zeros(1, model.config.hidden_size)).to("cpu", torch.bfloat16)
 
 
 def main():
@@ -648,96 +654,113 @@ def main():
     on_stop(lambda number: sys.exit(128 + number))
     if any(x and len(x) != len(args.prompt) for x in (args.be, args.out)):
         fail(f"--be, --out: expected one for each of the {len(args.prompt)} prompts, found {len(args.be)} and {len(args.out)}")
+    if args.answers == "gold" and args.turns > 1:
+        fail("--answers gold: the answers of later turns are the teacher's; give --turns 1")
     tasks = [read_inputs(args, n) for n in range(len(args.prompt))]
     rank, world = ranks()
     device, dtype, attention = pick_device(args.device, args.dtype)
-    model, tokenizer = load_frozen(args.model, device, dtype, attention, args.trust_remote_code)
+    model, tokenizer = load_frozen(args.model, device, dtype, attention, args.trust_remote_code, args.device_map)
     body, weight = model.get_decoder(), model.get_output_embeddings().weight                        # weight (V, d)
     before, d = fingerprint(model), weight.shape[1]
     ends = model.generation_config.eos_token_id
     stop = torch.tensor(ends if isinstance(ends, list) else [ends if ends is not None else tokenizer.eos_token_id])
-
-    # the start: stage 1's vector, or noise around the mean of the embedding table, at its scale
     table = model.get_input_embeddings().weight.detach().float().cpu()                              # (V, d)
-    for t in tasks:
-        t.layout, t.start = args.layout or "chat", table.mean(0) + table.std(0) * torch.randn(args.k or 1, d, generator=torch.Generator().manual_seed(args.seed))
-        maker = f"python stage1_recon.py --prompt {t.path} --model {args.model} --out {t.out if args.resume else t.be_path}"
-        t.resume = args.resume and (len(tasks) == 1 or Path(t.out).exists() and load_artifact(t.out, "be", before, d, maker)["stage"] == "kd")
-        source = t.out if t.resume else t.be_path
-        if args.resume and not t.resume:                                                             # killed between the first saves of two prompts
-            print(f"--resume: {t.out} holds no run yet, so it begins now")
-        if t.resume or args.init == "be":
-            t.saved = load_artifact(source, "be", before, d, maker)
-            if t.saved["prompt"]["messages"] != t.messages:
-                fail(f"{source}: its vector was made for another prompt than {t.path}; make one with: {maker}")
-            if t.resume and t.saved["stage"] != "kd":
-                fail(f"--resume: {source} comes from stage 1, so there is no run of stage 2 to go on with; run without --resume")
-            again = t.saved["stage"] == "kd" and source == t.out and args.steps > 0                  # a second run over its own output starts where the first one did
-            t.layout, t.start = t.saved["layout"], t.saved["start" if again else "vector"]
-            if args.k not in (0, len(t.start)) or args.layout not in ("", t.layout):
-                fail(f"--k, --layout: {source} has k = {len(t.start)}, layout {t.layout}; another k or layout needs a new stage 1, or --init random")
-        t.k = len(t.start)
-        t.config = vars(args) | {"prompt": t.path, "out": t.out, "be": t.be_path, "k": t.k, "layout": t.layout}
-        if t.resume:
-            check_resume(t.out, t.saved, t.config)
-        t.s = prompt_ids(tokenizer, t.messages, t.layout, model.config.max_position_embeddings)
-        t.prompt = {"sha256": hashlib.sha256(json.dumps(t.messages).encode()).hexdigest(), "messages": t.messages, "tokens": len(t.s)}
 
+    def noise(k, seed):
+        return table.mean(0) + table.std(0) * torch.randn(k, d, generator=torch.Generator().manual_seed(seed))      # (k, d), at the table's scale
+
+    # the start: stage 1's vector, or noise. With --resume the first prompt's artifact holds the state of the whole run
+    run = None
+    if args.resume:
+        saved = load_artifact(tasks[0].out, "be", before, d, f"python stage2_kd.py --prompt {' '.join(args.prompt)}") if Path(tasks[0].out).exists() else {}
+        try:
+            run = saved["run"]
+            for n, t in enumerate(tasks):
+                t.layout, t.start, t.history, t.best = (run[key][n] for key in ("layouts", "starts", "histories", "bests"))
+            whole = run["step"] >= 0 and run["last"].shape == (sum(len(t.start) for t in tasks), d) and bool(run["last"].isfinite().all()) and all(
+                isinstance(t.history, list) and t.best["vector"].shape == t.start.shape == (len(t.start), d) for t in tasks)
+        except (KeyError, IndexError, TypeError, AttributeError):
+            whole = False
+        if not whole:
+            fail(f"--resume: {tasks[0].out} holds no run of stage 2 to go on with; run without --resume")
+        check_resume(tasks[0].out, saved, vars(args))
+    slots = 0
+    for t in tasks:
+        maker = f"python stage1_recon.py --prompt {t.path} --model {args.model} --out {t.be_path}"
+        if args.init == "be" and not run:
+            saved = load_artifact(t.be_path, "be", before, d, maker)
+            if saved["prompt"]["messages"] != t.messages:
+                fail(f"{t.be_path}: its vector was made for another prompt than {t.path}; make one with: {maker}")
+            again = saved["stage"] == "kd" and t.be_path == t.out and args.steps > 0                 # a second run over its own output starts where the first one did
+            t.layout, t.start = saved["layout"], saved["start" if again else "vector"]
+            if args.k not in (0, len(t.start)) or args.layout not in ("", t.layout):
+                fail(f"--k, --layout: {t.be_path} has k = {len(t.start)}, layout {t.layout}; another k or layout needs a new stage 1, or --init random")
+        elif not run:
+            t.layout, t.start = args.layout or "chat", noise(args.k or 1, args.seed)
+        t.k, t.slot = len(t.start), [-1 - i for i in range(slots, slots + len(t.start))]             # this prompt's rows of the one trained tensor
+        slots += t.k
+        t.s = prompt_ids(tokenizer, t.messages, t.layout, model.config.max_position_embeddings)
     if device.type == "cpu" and max(len(t.s) for t in tasks) > 1024:
         model.set_attn_implementation("sdpa")               # eager makes (heads, T, T) a layer: 20 GB for the backward pass of L_recon at 3,000 tokens, and slow as the teacher
-    if args.resume and not any(t.resume for t in tasks):
-        fail(f"--resume: none of {', '.join(t.out for t in tasks)} holds a run of stage 2 to go on with; run without --resume")
 
     # the data
-    for t in tasks:
-        split_queries(args, t, model, tokenizer, before, stop, rank)
-    ae = find_ae(args.ae, before, d, args.model).to(device) if args.lam < 1 else torch.zeros(0, d, device=device)       # (1, d) fp32, not trained
+    ae = find_ae("none" if args.lam == 1 else args.ae, before, d, args.model).to(device)            # (1, d) fp32, not trained; (0, d) without
     for t in tasks:
         make_examples(args, t, model, tokenizer, before, stop, rank)
         print(f"prompt: {t.path}, {len(t.s)} tokens -> {t.k} vector{'s' * (t.k > 1)}; layout {t.layout}; "
               f"queries: {len(t.queries) - t.n_held} to train on, {t.n_held} held out, {len(t.test_queries)} for test")
+        opening = t.rows[0][:t.rows[0].index(t.slot[0])] + t.slot + [-1 - slots] * len(ae)           # L_recon as in stage 1: ... [BE] [AE] s_1 ... s_m
+        t.recon_ids = torch.tensor([opening + t.s[:-1]], device=device)                             # (1, s + k + m)
 
     def measure(t, part, rows, learned):
-        return evaluate(model, [rows[i] for i in part], [t.answers[i] for i in part], [t.teacher_hidden[i].to(device) for i in part], learned.to(device))
+        return evaluate(model, [rows[i] for i in part], [t.answers[i] for i in part], [t.teacher_hidden[i] for i in part], learned.to(device))
 
-    # the trainable tensors, one a prompt; L_recon as in stage 1: ... [BE] [AE] s_1 ... s_m
-    offset, slots = 0, sum(t.k for t in tasks)
+    # the one trained tensor: the vectors of all prompts. AdamW works number by number, so each of them learns as it would alone
+    be = torch.nn.Parameter(torch.cat([t.start for t in tasks]).to(device))                         # (slots, d) fp32
+    optimizer = torch.optim.AdamW([be], betas=(0.9, 0.95), weight_decay=0)
+    inputs = hashlib.sha256(json.dumps([[t.rows, t.answers] for t in tasks] + ae.tolist()).encode()).hexdigest()      # what a resumed run must find again
+    first, skipped, tables = 0, 0, None
     for t in tasks:
-        t.offset, offset = offset, offset + t.k
-        t.be = torch.nn.Parameter(t.start.clone().to(device))                                       # (k, d) fp32
-        t.optimizer = torch.optim.AdamW([t.be], weight_decay=0)
-        t.step, t.history, t.skipped, t.best = 0, [], 0, {"kl": math.inf, "step": 0, "vector": t.start}
-        t.inputs = hashlib.sha256(json.dumps([t.rows, t.answers, ae.tolist()]).encode()).hexdigest()      # what a resumed run must find again
-        if t.resume:
-            if t.saved["inputs"] != t.inputs:
-                fail(f"--resume: the queries, the [AE] or the template have changed since {t.out} began; put them back, or run without --resume to start anew")
-            t.step, t.best, t.history, t.skipped = t.saved["step"], t.saved["best"], t.saved["history"], t.saved["skipped"]
-            t.be.data.copy_(t.saved["last"])
-            if "optimizer" in t.saved:                                                               # a finished run has none
-                t.optimizer.load_state_dict(t.saved["optimizer"])
-        row = t.rows[0]
-        t.recon_ids = torch.tensor([row[:row.index(-1)] + [-1 - t.offset - i for i in range(t.k)] + [-1 - slots] + t.s[:-1]], device=device)      # (1, s + k + m)
+        if not run:
+            t.history, t.best = [], {"kl": math.inf, "step": 0, "vector": t.start}
         t.base = measure(t, t.held, t.none, torch.zeros(1, d)).sum(0)
+    if run:
+        if run["inputs"] != inputs:
+            fail(f"--resume: the queries, the [AE] or the template have changed since {tasks[0].out} began; put them back, or run without --resume to start anew")
+        be.data.copy_(run["last"])
+        try:
+            first, skipped, tables = run["step"], run["skipped"], run["tables"]
+            if run["optimizer"] is not None:                                                         # a finished run has none
+                optimizer.load_state_dict(run["optimizer"])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            fail(f"--resume: {tasks[0].out} holds no run of stage 2 to go on with; run without --resume")
 
-    def save(t):
-        kl, tokens = t.best["kl"], t.base[2].item()
-        t.saved = {
-            "kind": "be", "stage": "kd", "vector": t.best["vector"], "layout": t.layout, "prompt": t.prompt, "step": t.step, "config": t.config, "start": t.start, "inputs": t.inputs,
-            "model": {"name": args.model, "revision": getattr(model.config, "_commit_hash", None), "fingerprint": before, "d": d},
-            "metrics": {"held_out_kl": kl, "held_out_gap_closed": 1 - kl * tokens / t.base[0].item(), "n": len(t.held)}, "history": t.history, "skipped": t.skipped,
-            "best": t.best, "last": t.be.detach().cpu(), "optimizer": t.optimizer.state_dict(),
-            "versions": {"nanobe": VERSION, "torch": str(torch.__version__), "transformers": transformers.__version__}}
-        save_artifact(t.out, t.saved)
+    def save(step, tables=None):
+        """An artifact for each prompt; the first one also holds the state of the run, for --resume."""
+        last = be.detach().cpu()
+        for n, t in enumerate(tasks):
+            metrics = {"held_out_kl": t.best["kl"], "held_out_gap_closed": 1 - t.best["kl"] * t.base[2].item() / t.base[0].item(), "n": len(t.held)}
+            state = {"inputs": inputs, "step": step, "skipped": skipped, "last": last, "optimizer": None if tables else optimizer.state_dict(), "tables": tables, "layouts": [t.layout for t in tasks],
+                     "starts": [t.start for t in tasks], "bests": [t.best for t in tasks], "histories": [t.history for t in tasks]}
+            save_artifact(t.out, {
+                "kind": "be", "stage": "kd", "vector": t.best["vector"], "layout": t.layout, "step": step, "skipped": skipped, "config": vars(args),
+                "prompt": {"sha256": hashlib.sha256(json.dumps(t.messages).encode()).hexdigest(), "messages": t.messages, "tokens": len(t.s)},
+                "model": {"name": args.model, "revision": getattr(model.config, "_commit_hash", None), "fingerprint": before, "d": d},
+                "metrics": metrics | ({"controls": tables[n][0], "turns": tables[n]} if tables else {}), "history": t.history, "best": t.best, "last": last[-1 - t.slot[0]:-t.slot[-1]], "start": t.start,
+                "versions": {"nanobe": VERSION, "torch": str(torch.__version__), "transformers": transformers.__version__}} | ({"run": state} if n == 0 else {}))
 
-    asked, bad, first = [], 0, min(t.step for t in tasks)
+    if args.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()                                       # transformers checkpoints a model in training only; these have no dropout
+    if args.compile:
+        body.compile(dynamic=True)
+    asked, bad = [], 0
     on_stop(asked.append)
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="[BE] distil", dynamic_ncols=True, disable=rank > 0)
     for step in bar:
-        lr = args.lr * min(1, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
-        active = [t for t in tasks if t.step == step]                                                # a run killed between two saves goes on prompt by prompt
-        learned = torch.cat([t.be.detach() for t in tasks]).requires_grad_()                         # (slots, d)
+        optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
         batch = []
-        for t in active:
+        for t in tasks:
             per_epoch = len(t.train) // args.batch                                                   # the order depends on seed and step alone: a resumed run sees the same
             order = random.Random(f"{args.seed} {step // per_epoch}").sample(t.train, len(t.train))
             part = order[step % per_epoch * args.batch:][:args.batch]
@@ -745,50 +768,45 @@ def main():
             batch += [(t, i) for i in part]
         batch.sort(key=lambda x: len(x[0].rows[x[1]]) + len(x[0].answers[x[1]]))                     # like lengths together, then every world-th to each rank
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and dtype == torch.bfloat16)
+        be.grad = torch.zeros_like(be)
         for j in range(rank, len(batch), world * args.micro_batch):
             micro = batch[j:j + world * args.micro_batch:world]
-            rows = [[x - t.offset if x < 0 else x for x in t.rows[i]] for t, i in micro]             # slot i of prompt t is row t.offset + i of learned
             answers = [t.answers[i] for t, i in micro]
             with autocast:
-                hidden = answer_hidden(model, rows, answers, learned)                                # (sum T, d)
-                target = torch.cat([t.teacher_hidden[i] for t, i in micro]).to(hidden)               # (sum T, d)
-                losses = token_loss(hidden, weight, target, args.tau).split([len(a) for a in answers])
+                hidden = answer_hidden(model, [t.rows[i] for t, i in micro], answers, be)            # (sum T, d)
+                target = torch.tensor(sum(answers, []), device=device) if args.hard else torch.cat([t.teacher_hidden[i] for t, i in micro]).to(hidden)
+                losses = token_loss(hidden, weight, target, 1.0 if args.hard else args.tau).split([len(a) for a in answers])
             shares = [loss.sum() / t.tokens for (t, _), loss in zip(micro, losses)]                  # each prompt's mean over its own tokens of the step
             (args.lam * sum(shares)).backward()
             for (t, _), share in zip(micro, shares):
                 t.kd += share.item()
         with_recon = args.lam < 1 and step % args.recon_every == 0
-        for t in active[rank::world] if with_recon else []:
+        for t in tasks[rank::world] if with_recon else []:
             with autocast:
-                hidden = body(inputs_embeds=embed(model, t.recon_ids, torch.cat([learned, ae])), use_cache=False).last_hidden_state[0, -len(t.s):]
+                hidden = body(inputs_embeds=embed(model, t.recon_ids, torch.cat([be, ae])), use_cache=False).last_hidden_state[0, -len(t.s):]
                 recon = token_loss(hidden, weight, torch.tensor(t.s, device=device)).mean()
             ((1 - args.lam) * args.recon_every * recon).backward()
             t.recon = recon.item()
-        grad = learned.grad if learned.grad is not None else torch.zeros_like(learned)
-        sums = torch.tensor([*(t.kd for t in active), *(t.recon for t in active), bool(asked)], device=device)
+        sums = torch.tensor([*(t.kd for t in tasks), *(t.recon for t in tasks), bool(asked)], device=device)
         if world > 1:
-            torch.distributed.all_reduce(grad)
+            torch.distributed.all_reduce(be.grad)
             torch.distributed.all_reduce(sums)
-        finite = bool(sums.isfinite().all() and grad.isfinite().all())
-        bad = 0 if finite else bad + 1
-        for t, kd, recon in zip(active, sums.tolist(), sums[len(active):].tolist()):
-            t.optimizer.param_groups[0]["lr"] = lr
-            t.be.grad = grad[t.offset:t.offset + t.k]
-            if finite:
-                t.optimizer.step()
-            t.kd, t.step, t.skipped = kd, step + 1, t.skipped + (not finite)
-            t.history += [{"step": step, "L_recon": recon}] * with_recon + [{"step": step, "L_KD": kd}]
-        if not finite:
+        if finite := bool(sums.isfinite().all() and be.grad.isfinite().all()):
+            optimizer.step()
+        else:
             tqdm.write(f"step {step}: the loss or its gradient is not finite; skipped")
+        bad, skipped = (0, skipped) if finite else (bad + 1, skipped + 1)
+        for t, kd, recon in zip(tasks, sums.tolist(), sums[len(tasks):].tolist()):
+            t.history += [{"step": step, "L_recon": recon}] * with_recon + [{"step": step, "L_KD": kd}]
 
         due, halt = (step + 1) % args.eval_every == 0 or step + 1 == args.steps, sums[-1] > 0 or bad == 3
-        for t in active if rank == 0 and (due or halt) else []:
-            if due:
-                kl, _, tokens = measure(t, t.held, t.rows, t.be.detach()).sum(0).tolist()
-                t.history.append({"step": step, "held-out KL": kl / tokens})
-                if kl / tokens < t.best["kl"]:
-                    t.best = {"kl": kl / tokens, "step": step + 1, "vector": t.be.detach().cpu().clone()}
-            save(t)
+        for t in tasks if rank == 0 and due else []:
+            kl, _, tokens = measure(t, t.held, t.rows, be.detach()).sum(0).tolist()
+            t.history.append({"step": step, "held-out KL": kl / tokens})
+            if kl / tokens < t.best["kl"]:
+                t.best = {"kl": kl / tokens, "step": step + 1, "vector": be.detach()[-1 - t.slot[0]:-t.slot[-1]].cpu().clone()}
+        if rank == 0 and (due or halt):
+            save(step + 1)
         if halt:
             bar.close()
             barrier()                                                                                # torchrun ends the others as soon as one process leaves: not before rank 0 has saved
@@ -798,37 +816,39 @@ def main():
             print(f"stopped after step {step + 1}; go on with --resume")
             sys.exit(128 + (asked or [signal.SIGTERM])[0])
         gaps = [1 - t.best["kl"] * t.base[2].item() / t.base[0].item() for t in tasks if t.best["step"]]
-        bar.set_postfix(L_KD=f"{sum(t.kd for t in active) / len(active):.3f}", **({"held_out_gap_closed": f"{sum(gaps) / len(gaps):.3f}"} if gaps else {}))
+        bar.set_postfix(L_KD=f"{sum(sums[:len(tasks)].tolist()) / len(tasks):.3f}", **({"held_out_gap_closed": f"{sum(gaps) / len(gaps):.3f}"} if gaps else {}))
     bar.close()
+    model.eval()
     on_stop(lambda number: sys.exit(128 + number))
+    assert fingerprint(model) == before, "the frozen model has changed"
+    if rank > 0:
+        return
 
     # the table of controls, for each turn of a chat
-    for t in tasks if rank == 0 else []:
-        kind, plural = "test" if t.test_queries else "held-out", "s" * (t.k > 1)
-        noise = table.mean(0) + table.std(0) * torch.randn(t.k, d, generator=torch.Generator().manual_seed(args.seed + 1))
-        none = torch.zeros(1, d)
-        controls = {"full prompt": (t.full, none), f"[BE], {t.k} vector{plural}": (t.rows, t.best["vector"]), "no prompt (empty slot)": (t.none, none),
-                    "no system block at all": ([layout_ids(tokenizer, "block", [], c) for c in t.turns], none), "default system prompt": ([chat_ids(tokenizer, c) for c in t.turns], none),
-                    f"random vector{plural}": (t.rows, noise), f"prompt cut to {t.k} token{plural}": ([layout_ids(tokenizer, t.layout, t.s[:t.k], c) for c in t.turns], none)}
-        fresh = args.steps == 0 or "turns" not in t.saved["metrics"]                                 # a finished run that is resumed shows its table again
-        tables = [compare({name: measure(t, part, rows, learned) for name, (rows, learned) in controls.items()}, {name: [rows[i] for i in part] for name, (rows, _) in controls.items()})
-                  for part in t.test] if fresh else t.saved["metrics"]["turns"]
-        for turn, found in enumerate(tables, 1):
+    if tables is None:
+        best, other, nothing = torch.cat([t.best["vector"] for t in tasks]), noise(slots, args.seed + 1), torch.zeros(1, d)
+        tables = []
+        for t in tasks:
+            plural = "s" * (t.k > 1)
+            controls = {"full prompt": (t.full, nothing), f"[BE], {t.k} vector{plural}": (t.rows, best), "no prompt (empty slot)": (t.none, nothing),
+                        "no system block at all": ([layout_ids(tokenizer, "block", [], c) for c in t.turns], nothing), "default system prompt": ([chat_ids(tokenizer, c) for c in t.turns], nothing),
+                        f"random vector{plural}": (t.rows, other), f"prompt cut to {t.k} token{plural}": ([layout_ids(tokenizer, t.layout, t.s[:t.k], c) for c in t.turns], nothing)}
+            tables.append([compare({name: measure(t, part, rows, learned) for name, (rows, learned) in controls.items()}, {name: [rows[i] for i in part] for name, (rows, _) in controls.items()})
+                           for part in t.test])
+        if args.steps > 0:
+            save(max(first, args.steps), tables)                                                     # the run is done
+    for t, turns in zip(tasks, tables):
+        for turn, found in enumerate(turns, 1):
             n, tokens = (found["full prompt"][key] for key in ("n", "answer_tokens"))
-            print(f"\n{t.path}" * (len(tasks) > 1) + f"\n{n} {kind} queries, {tokens} answer tokens" + f", turn {turn} of the chat" * (len(tables) > 1) + "; 95% interval over queries\n")
+            print(f"\n{t.path}" * (len(tasks) > 1) + f"\n{n} {'test' if t.test_queries else 'held-out'} queries, {tokens} answer tokens" + f", turn {turn} of the chat" * (len(turns) > 1)
+                  + "; 95% interval over queries\n")
             print(f"{'':24s}{'KL':>8s}{'top-1':>8s}{'gap closed':>12s}{'95%':>18s}{'tokens fed':>12s}")
             for name, row in found.items():
                 print("{:24s}{kl:8.4f}{top1:8.1%}{gap_closed:12.3f}{:>18s}{tokens:12.0f}".format(name, "{:.3f} to {:.3f}".format(*row["gap_closed_95"]), **row))
-        if args.steps == 0:
-            continue
-        if fresh:
-            t.saved["metrics"] |= {"controls": tables[0], "turns": tables}
-            del t.saved["optimizer"]                                                                 # the run is done
-            save_artifact(t.out, t.saved)
+        if args.steps > 0:
             plot(Path(t.out).with_suffix(".kd.png"), t.history, f"stage 2: {Path(t.path).name}")
-        print(f"\nwrote {t.out}: {t.be.numel()} trained numbers, the best on held-out queries, of step {t.best['step']}; {t.skipped} steps skipped")
-        print(f'next: python infer.py --be {t.out} --query "{(t.test_queries or t.queries)[0]}" --compare')
-    assert fingerprint(model) == before, "the frozen model has changed"
+            print(f"\nwrote {t.out}: {t.k * d} trained numbers, the best on held-out queries, of step {t.best['step']}; {skipped} steps skipped")
+            print(f'next: python infer.py --be {t.out} --query "{(t.test_queries or t.queries)[0]}" --compare')
     print("every weight of the model is as it was")
 
 

@@ -372,7 +372,8 @@ def test_test_queries_are_not_trained_or_chosen_on(scripts, checkpoints, prepare
 def test_queries_in_each_format(scripts, work):
     (work / "q.txt").write_text("\ufeffWhy?\n\n  How? \nWhy?\n", encoding="utf-8")
     (work / "q.jsonl").write_text('{"question": "Why?", "answer": "x"}\n\n{"query": " How? "}\n{"instruction": "Why?"}\n')
-    assert scripts.kd.read_queries("q.txt") == scripts.kd.read_queries("q.jsonl") == ["Why?", "How?"]
+    assert scripts.kd.read_queries("q.txt") == {"Why?": "", "How?": ""}
+    assert scripts.kd.read_queries("q.jsonl") == {"Why?": "x", "How?": ""}
 
 
 def test_the_model_asks_its_own_queries(scripts, smol, work, monkeypatch):

@@ -225,7 +225,11 @@ HALVES = {"no config": {"config": None}, "no step": {"step": None}, "no best": {
 @pytest.mark.parametrize("case", HALVES)
 def test_a_run_that_cannot_be_gone_on_with_is_refused_in_one_line(real, checkpoints, scripts, command, monkeypatch, case):
     monkeypatch.chdir(real.folder)
-    content = {k: v for k, v in (real.half | HALVES[case]).items() if v is not None}
+    content = real.half | {k: v for k, v in HALVES[case].items() if k == "config"}
+    names = {"history": "histories", "best": "bests", "start": "starts"}      # the state of a run holds a list of these, an entry a prompt
+    content["run"] = content["run"] | {names.get(k, k): [v] if k in names and v is not None else v for k, v in HALVES[case].items()}
+    content["run"] = {k: v for k, v in content["run"].items() if v is not None or k == "tables"}
+    content = {k: v for k, v in content.items() if v is not None}
     (real.folder / "broken").mkdir(exist_ok=True)
     scripts.kd.save_artifact("broken/be.pt", content)
     old = (real.folder / "broken/be.pt").read_bytes()

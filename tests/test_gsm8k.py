@@ -293,7 +293,7 @@ def test_prepare_checks_a_folder_and_copies_it(gsm, prepare, tmp_path, scripts):
     assert run.code == 0 and "5 rows, a part of GSM8K's 1319" in run.out
     assert rows_of(tmp_path / "out/train.jsonl") == rows["train"] and rows_of(tmp_path / "out/test.jsonl") == rows["test"]
     assert gsm.read_questions(tmp_path / "out", "test") == [(r["question"], gsm.read_gold(r["answer"])) for r in rows["test"]]
-    assert scripts.kd.read_queries(tmp_path / "out/queries.jsonl") == [gsm.WORDING.format(question=r["question"]) for r in rows["train"][:4]]
+    assert list(scripts.kd.read_queries(tmp_path / "out/queries.jsonl")) == [gsm.WORDING.format(question=r["question"]) for r in rows["train"][:4]]
     before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     for bad, word in [('{"question": "?", "answer": "It is 7"}', "test, row 6"), ("[]", "test, row 6"), ("{", "test.jsonl")]:
         (tmp_path / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows["test"]) + bad + "\n")

@@ -81,7 +81,7 @@ def test_a_prompt_file_of_any_text(scripts, tmp_path, capsys, text):
 def test_a_file_of_any_bytes(scripts, tmp_path, capsys, data, name):
     (tmp_path / name).write_bytes(data)
     found, _ = refused(lambda: (scripts.kd.read_prompt if name[0] == "p" else scripts.kd.read_queries)(tmp_path / name), capsys, name)
-    assert found is None or isinstance(found, list)
+    assert found is None or isinstance(found, list if name[0] == "p" else dict)
 
 
 JSON = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXT, SURROGATE), lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(
@@ -122,7 +122,7 @@ def test_a_question_file_of_any_lines(scripts, tmp_path, queries, ending, bom, l
     lines = [q.replace("\r", " ").replace("\n", " ") for q in queries]
     (tmp_path / "q.txt").write_bytes((("\ufeff" if bom else "") + ending.join(lines) + (ending if last else "")).encode())
     wanted = list(dict.fromkeys(line for line in ((line.removeprefix("\ufeff") if i == 0 and not bom else line).strip() for i, line in enumerate(lines)) if line))
-    assert scripts.kd.read_queries(tmp_path / "q.txt") == wanted
+    assert list(scripts.kd.read_queries(tmp_path / "q.txt")) == wanted
 
 
 @settings(max_examples=80, **COMMON)
@@ -130,7 +130,7 @@ def test_a_question_file_of_any_lines(scripts, tmp_path, queries, ending, bom, l
 @example([("query", "a\u2028b"), ("query", "a\r\nb")], False)
 def test_a_jsonl_file_of_any_queries(scripts, tmp_path, capsys, rows, ascii):
     (tmp_path / "q.jsonl").write_bytes("".join(json.dumps({key: text}, ensure_ascii=ascii) + "\n" for key, text in rows).encode())
-    assert scripts.kd.read_queries(tmp_path / "q.jsonl") == list(dict.fromkeys(text.strip() for _, text in rows if text.strip()))
+    assert list(scripts.kd.read_queries(tmp_path / "q.jsonl")) == list(dict.fromkeys(text.strip() for _, text in rows if text.strip()))
 
 
 BROKEN = ['{"query": "Ho', '{"query": 7}', '{"query": null}', '{"query": ["a"]}', '{"answer": "a"}', "[]", "7", "null", '"query"', '["query"]', "{}", "Why?", '{"query": "a"} {"query": "b"}', "\0",
@@ -149,7 +149,7 @@ def test_lines_of_a_megabyte(scripts, tmp_path, capsys):
     line = "why " * (1 << 18)
     for name, data in [("q.txt", f"{line}\nHow?\n{line}"), ("q.jsonl", json.dumps({"query": line}) + "\n" + json.dumps({"query": "How?"}))]:
         (tmp_path / name).write_text(data)
-        assert scripts.kd.read_queries(tmp_path / name) == [line.strip(), "How?"]
+        assert list(scripts.kd.read_queries(tmp_path / name)) == [line.strip(), "How?"]
     (tmp_path / "p.txt").write_text(line)
     assert scripts.kd.read_prompt(tmp_path / "p.txt")[0]["content"] == line.strip()
     (tmp_path / "q.jsonl").write_text('{"query": "' + line)

@@ -135,7 +135,6 @@ def test_a_run_of_many_prompts_that_is_killed_between_two_saves_is_resumed(scrip
         assert [load(path)["step"] if os.path.exists(path) else 0 for path in broken] == steps
         r = command(scripts.kd, *common, *broken, "--resume")
         assert r.code == 0, r.err
-        assert r.out.count("holds no run yet") == steps.count(0)
         for p in "abc":
             assert_close(load(f"{saves}/{p}.pt"), load(f"whole/{p}.pt"))
             assert scripts.infer.load_artifact(f"{saves}/{p}.pt", "be", None, None, "")["step"] == 6     # whole: its checksum is right
@@ -210,9 +209,9 @@ def test_two_processes_are_as_one(scripts, checkpoints, prepared, work, command)
     """Under torchrun (gloo): stage 0, stage 2 with and without L_recon, three prompts, and a run in which one process alone finds its loss not finite."""
     common = ["--model", checkpoints["smol"], *TINY]
     stage0 = ["--data", "corpus.jsonl", "--steps", 6, "--eval-every", 3, "--held-out", 2, "--lr", 0.1, "--accumulate", 4, "--batch", 3]
-    runs = {"ae": ("ae", 0, [*stage0]), "kd": ("kd", 0, [*KD, "--batch", 4, *start("distillation alone", prepared), "--prompt", "a.txt"]),
-            "recon": ("kd", 0, [*KD, "--batch", 4, *start("with L_recon", prepared), "--prompt", "a.txt"]),
-            "a": ("kd", 0, [*KD, *start("from stage 1", prepared), "--prompt", "a.txt", "b.txt", "c.txt"]),
+    runs = {"ae": ("ae", 0, [*stage0]), "kd": ("kd", 0, [*KD, "--lr", 0.02, "--batch", 4, *start("distillation alone", prepared), "--prompt", "a.txt"]),
+            "recon": ("kd", 0, [*KD, "--lr", 0.02, "--batch", 4, *start("with L_recon", prepared), "--prompt", "a.txt"]),
+            "a": ("kd", 0, [*KD, "--lr", 0.02, *start("from stage 1", prepared), "--prompt", "a.txt", "b.txt", "c.txt"]),
             "bad": ("kd", 1, [*KD, "--eval-every", 3, *start("distillation alone", prepared), "--prompt", "a.txt"])}
     names = {name: ["a", "b", "c"] if name == "a" else [name] for name in runs}
     port, *ports = free_ports(1 + len(runs))
