@@ -36,7 +36,7 @@ def settings():
     add("--temperature",    type=number(float, 0), default=0.0, help="0 is greedy")
     add("--seed",           type=int,   default=0,   help="of the sampling")
     add("--device",         default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: CUDA, then MPS, then CPU")
-    add("--device-map",     default=None, choices=["auto"], help="auto: the layers of a model larger than one GPU over all of them; needs accelerate")
+    add("--device-map",     default=None, choices=["auto"], help="auto: the layers of a model larger than one GPU over all of them")
     add("--dtype",          default="auto", choices=["auto", "bf16", "fp32"],       help="of the frozen weights")
     add("--trust-remote-code", action="store_true", help="run the model code that a hub repository ships; off: none but that of transformers")
     p.error = lambda message: fail(f"{message}; see --help")

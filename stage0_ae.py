@@ -57,7 +57,7 @@ def settings():
     add("--eval-every",  type=number(int, 1), default=30,     help="steps between two looks at the held-out texts; the artifact is saved then")
     add("--seed",        type=int,   default=0,      help="of the start vector and of the order of texts")
     add("--device",      default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: CUDA, then MPS, then CPU")
-    add("--device-map",  default=None, choices=["auto"], help="auto: the layers of a model larger than one GPU over all of them; needs accelerate")
+    add("--device-map",  default=None, choices=["auto"], help="auto: the layers of a model larger than one GPU over all of them")
     add("--dtype",       default="auto", choices=["auto", "bf16", "fp32"],       help="of the frozen weights; [AE] itself is always fp32")
     add("--trust-remote-code", action="store_true", help="run the model code that a hub repository ships; off: none but that of transformers")
     p.error = lambda message: fail(f"{message}; see --help")

@@ -52,7 +52,7 @@ def settings():
     add("--save-every",  type=number(int, 1), default=50,        help="steps between two saves")
     add("--seed",        type=int,   default=0,         help="of the start vector")
     add("--device",      default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: CUDA, then MPS, then CPU")
-    add("--device-map",  default=None, choices=["auto"], help="auto: the layers of a model larger than one GPU over all of them; needs accelerate")
+    add("--device-map",  default=None, choices=["auto"], help="auto: the layers of a model larger than one GPU over all of them")
     add("--dtype",       default="auto", choices=["auto", "bf16", "fp32"],       help="of the frozen weights; [BE] itself is always fp32")
     add("--checkpointing", action="store_true",         help="keep no activations for the backward pass, compute them again: for prompts of thousands of tokens")
     add("--trust-remote-code", action="store_true", help="run the model code that a hub repository ships; off: none but that of transformers")

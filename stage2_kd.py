@@ -78,7 +78,7 @@ def settings():
     add("--eval-every",    default=50,   type=number(int, 1),      help="steps between two looks at the held-out queries; the artifact is saved then")
     add("--seed",          default=0,    type=int,                 help="of the start vector, the split and the order of queries")
     add("--device",        default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: CUDA, then MPS, then CPU")
-    add("--device-map",    default=None, choices=["auto"],         help="auto: the layers of a model larger than one GPU over all of them; needs accelerate")
+    add("--device-map",    default=None, choices=["auto"],         help="auto: the layers of a model larger than one GPU over all of them")
     add("--dtype",         default="auto", choices=["auto", "bf16", "fp32"], help="of the frozen weights; [BE] itself is always fp32")
     add("--compile",       action="store_true",           help="torch.compile; on a CPU it pays back its 80 s of compiling after some 700 steps")
     add("--checkpointing", action="store_true",           help="keep no activations for the backward pass, compute them again: for L_recon of prompts of thousands of tokens")

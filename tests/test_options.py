@@ -1,0 +1,113 @@
+"""Options that change what is learned (gold answers, hard labels, no [AE]) or how much memory it takes, against the plain computation they stand for."""
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import CPU, SENTENCES
+from test_cli import fill
+from test_scale import CLOSE, KD, TINY, assert_close, load, losses, prepared, start  # noqa: F401 (a fixture)
+
+GOLD = [{"question": f"{s}?", "answer": " ".join(s.split()[::-1])} for s in SENTENCES]
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    monkeypatch.chdir(fill(tmp_path / "work"))
+    (tmp_path / "work/a.txt").write_text("You are the old captain. Answer in two short sentences: 1, 2, 37! Never name your ship.")
+    (tmp_path / "work/gold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in GOLD))
+    return tmp_path / "work"
+
+
+def first_loss(scripts, folder, artifact, targets):
+    """The loss of a run's first step in plain PyTorch. targets: query -> (answer ids, teacher's logits (T, V) or None for hard labels), tau 2."""
+    model, tokenizer = scripts.kd.load_frozen(str(folder), CPU, torch.float32, "eager")
+    total, count = 0.0, 0
+    for query, (answer, teacher) in targets.items():
+        row = scripts.kd.layout_ids(tokenizer, "chat", [-1], [{"role": "user", "content": query}])
+        with torch.no_grad():
+            z = model(inputs_embeds=scripts.kd.embed(model, torch.tensor([row + answer[:-1]]), artifact["start"])).logits[0, len(row) - 1:]
+        total += F.cross_entropy(z, torch.tensor(answer), reduction="sum").item() if teacher is None else 4 * F.kl_div(
+            (z / 2).log_softmax(-1), (teacher / 2).log_softmax(-1), log_target=True, reduction="sum").item()
+        count += len(answer)
+    return total / count
+
+
+@pytest.mark.parametrize("hard", [True, False])
+@pytest.mark.parametrize("answers", ["gold", "teacher"])
+def test_what_stage_2_learns_from(answers, hard, scripts, checkpoints, work, command, monkeypatch):
+    """Prompt tuning and distillation, along gold answers and the teacher's own: the first step's loss, recomputed. All training queries are in one batch."""
+    seen, make_examples = [], scripts.kd.make_examples
+    monkeypatch.setattr(scripts.kd, "make_examples", lambda args, t, *rest: (make_examples(args, t, *rest), seen.append(t)))
+    n = len(SENTENCES) - 3
+    r = command(scripts.kd, "--model", checkpoints["smol"], *TINY, "--prompt", "a.txt", "--queries", "gold.jsonl", "--init", "random", "--lam", 1, "--steps", 2, "--batch", n,
+                "--answer-tokens", 6, "--answers", answers, *["--hard"] * hard)
+    assert r.code == 0, r.err
+    t, artifact = seen[0], load("out/be.pt")
+    model, tokenizer = scripts.kd.load_frozen(str(checkpoints["smol"]), CPU, torch.float32, "eager")
+    gold, targets = {row["question"]: row["answer"] for row in GOLD}, {}
+    for i in t.train:
+        query, answer = t.queries[i], t.answers[i]
+        if answers == "gold":
+            words = tokenizer(gold[query], add_special_tokens=False)["input_ids"]
+            assert answer == words[:5] + [model.generation_config.eos_token_id]
+        full = scripts.kd.chat_ids(tokenizer, [{"role": "system", "content": (work / "a.txt").read_text()}, {"role": "user", "content": query}])
+        with torch.no_grad():
+            z = model(torch.tensor([full + answer[:-1]])).logits[0, len(full) - 1:]
+        targets[query] = answer, None if hard else z
+    assert len(targets) == n
+    assert losses(artifact, "L_KD")[0].item() == pytest.approx(first_loss(scripts, checkpoints["smol"], artifact, targets), rel=2e-2 if not hard else 1e-4)     # the teacher's states are kept in bf16
+    assert len({len(t.answers[i]) for i in t.held}) >= 1 and all(t.answers[i][:2] != tokenizer(gold[t.queries[i]], add_special_tokens=False)["input_ids"][:2] for i in t.held)
+
+
+def test_gold_answers_that_are_not_there(scripts, checkpoints, work, command):
+    (work / "some.jsonl").write_text("".join(json.dumps(row if i else {"question": "Why?"}) + "\n" for i, row in enumerate(GOLD)))
+    for queries in ("some.jsonl", "p.queries.txt", "self"):
+        r = command(scripts.kd, "--model", checkpoints["smol"], *TINY, "--prompt", "a.txt", "--queries", queries, "--init", "random", "--lam", 1, "--answers", "gold")
+        assert r.code == 2 and queries in r.err and '"answer"' in r.err and len(r.err.splitlines()) == 1, r.err
+
+
+def test_a_memory_token_has_no_trigger(scripts, checkpoints, work, command):
+    """Stage 1 with --ae none: the loss of [BE] s_1 ... s_m, recomputed; stage 2 goes on from it with the same L_recon."""
+    r = command(scripts.recon, "--model", checkpoints["smol"], *TINY, "--prompt", "a.txt", "--steps", 20, "--lr", 0.5, "--ae", "none")
+    assert r.code == 0 and "[AE]:" not in r.out, r.err
+    artifact = load("out/be.pt")
+    model, tokenizer = scripts.recon.load_frozen(str(checkpoints["smol"]), CPU, torch.float32, "eager")
+    s = scripts.recon.prompt_ids(tokenizer, artifact["prompt"]["messages"], "chat", 1024)
+    opening = scripts.recon.layout_ids(tokenizer, "chat", [-1], [{"role": "user", "content": "?"}])
+    opening = opening[:opening.index(-1) + 1]
+    with torch.no_grad():
+        z = model(inputs_embeds=scripts.recon.embed(model, torch.tensor([opening + s]), artifact["vector"])).logits[0, len(opening) - 1:-1]
+    assert F.cross_entropy(z, torch.tensor(s)).item() == pytest.approx(artifact["metrics"]["recon"], abs=1e-4)
+    r = command(scripts.kd, "--model", checkpoints["smol"], *TINY, *KD, "--prompt", "a.txt", "--queries", "p.queries.txt", "--ae", "none", "--out", "out/kd.pt", "--be", "out/be.pt")
+    assert r.code == 0 and losses(load("out/kd.pt"), "L_recon")[0].item() == pytest.approx(artifact["metrics"]["recon"], abs=1e-4)
+
+
+def test_checkpointing_changes_memory_only(scripts, checkpoints, prepared, work, command, monkeypatch):  # noqa: F811
+    """The same vectors; and the layers did run again in the backward pass."""
+    counts = {}
+    for name, more in {"plain": [], "again": ["--checkpointing"]}.items():
+        load_frozen = scripts.kd.load_frozen
+
+        def counted(*arguments):
+            model, tokenizer = load_frozen(*arguments)
+            model.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *a: counts.__setitem__(name, counts.get(name, 0) + 1))
+            return model, tokenizer
+        with monkeypatch.context() as m:
+            m.setattr(scripts.kd, "load_frozen", counted)
+            r = command(scripts.kd, "--model", checkpoints["smol"], *TINY, *KD, *start("with L_recon", prepared), "--prompt", "a.txt", "--queries", "p.queries.txt", "--out", f"{name}/a.pt", *more)
+            assert r.code == 0, r.err
+        r = command(scripts.recon, "--model", checkpoints["smol"], *TINY, "--ae", prepared / "ae.pt", "--prompt", "a.txt", "--steps", 5, "--out", f"{name}/r.pt", *more)
+        assert r.code == 0, r.err
+    assert counts["again"] > counts["plain"] + 6
+    assert_close(load("again/a.pt"), load("plain/a.pt"))
+    assert torch.allclose(load("again/r.pt")["vector"], load("plain/r.pt")["vector"], **CLOSE)
+
+
+def test_a_device_map_on_one_device_changes_nothing(scripts, checkpoints, work, command):
+    """All there is to see without two GPUs: the model that accelerate places gives the same vector, to the last bit."""
+    for name, more in {"plain": [], "map": ["--device-map", "auto"]}.items():
+        r = command(scripts.kd, "--model", checkpoints["smol"], *TINY, *KD, "--prompt", "a.txt", "--queries", "p.queries.txt", "--init", "random", "--lam", 1, "--out", f"{name}/a.pt", *more)
+        assert r.code == 0, r.err
+    assert torch.equal(load("map/a.pt")["vector"], load("plain/a.pt")["vector"])
