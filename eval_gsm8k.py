@@ -303,7 +303,7 @@ def read_questions(folder, split):
     """folder/split.jsonl -> [(question, gold)]. Exits with one line on bad input."""
     path, questions, n = Path(folder, f"{split}.jsonl"), [], 0
     try:
-        for n, line in enumerate(path.read_bytes().splitlines(), 1):
+        for n, line in enumerate(path.read_bytes().splitlines(), 1):      # noqa: B007 (a message names it)
             if line.strip():
                 row = json.loads(line)
                 questions.append((row["question"].strip(), read_gold(row["answer"])))

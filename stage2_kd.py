@@ -820,6 +820,8 @@ def main():
     bar.close()
     model.eval()
     on_stop(lambda number: sys.exit(128 + number))
+    if asked:                                               # in the last step: it is saved, its report is for --resume
+        sys.exit(128 + asked[0])
     assert fingerprint(model) == before, "the frozen model has changed"
     if rank > 0:
         return

@@ -124,9 +124,9 @@ def test_the_naive_recipe_trains_a_bf16_vector_and_nothing_else(bench, smol):
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux counts the peak of a process there")
 def test_peak_memory_is_what_a_run_held_at_once(bench):
-    def run(pieces, kept=()):
+    def run(pieces, _kept=()):
         for _ in range(pieces):
-            kept = torch.ones(2 ** 24)                                                               # 64 MB; at most two live at once
+            _kept = torch.ones(2 ** 24)                                                              # 64 MB; at most two live at once
     (one, peak), (four, _) = bench.peak_bytes(CPU, lambda: run(1)), bench.peak_bytes(CPU, lambda: run(4))
     assert 60e6 < one < 90e6 < peak and 120e6 < four < 160e6
 

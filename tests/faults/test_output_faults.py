@@ -87,7 +87,8 @@ def material(checkpoints, scripts, tmp_path_factory):
     table = model.get_input_embeddings().weight
     for name, prompt in prompts.items():
         scripts.kd.save_artifact(folder / name, {
-            "kind": "be", "stage": "kd", "vector": table.mean(0) + 5 * table.std(0) * torch.randn(1, 64, generator=torch.Generator().manual_seed(0)), "layout": "chat", "model": {"name": str(base), "fingerprint": scripts.kd.fingerprint(model), "d": 64},
+            "kind": "be", "stage": "kd", "vector": table.mean(0) + 5 * table.std(0) * torch.randn(1, 64, generator=torch.Generator().manual_seed(0)), "layout": "chat",
+            "model": {"name": str(base), "fingerprint": scripts.kd.fingerprint(model), "d": 64},
             "prompt": {"messages": [{"role": "system", "content": prompt}], "tokens": 8}, "metrics": {"controls": {"[BE], 1 vector": {"kl": 0.1, "gap_closed": 0.9}}}})
     (folder / "p.json").write_text(json.dumps({"messages": [{"role": "system", "content": prompts["be.pt"]}]}))
     (folder / "test.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS[:3]))
