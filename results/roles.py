@@ -51,7 +51,7 @@ if __name__ == "__main__":
     p.add_argument("--k", type=int, nargs="*", default=[1, 4])
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--stage1", default="", help="options for stage1_recon.py")
-    p.add_argument("--stage2", default="--answer-tokens 32", help="options for stage2_kd.py")
+    p.add_argument("--stage2", default="--answer-tokens 32 --tau 1 --steps 300", help="options for stage2_kd.py")
     args = p.parse_args()
     path = HERE / "roles.jsonl"
     def done():
