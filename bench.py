@@ -56,7 +56,7 @@ def settings():
     add("--prompts",       default=PROMPTS, nargs="+",    help="of item 4 (the first two), 5 (all), 6 and 7 (pieces of the last): from short to long")
     add("--repeats",       default=3,    type=number(int, 1),      help="alternating pairs for each figure of items 3, 4, 5 and 7; item 2 takes four times as many")
     add("--batch",         default=16,   type=number(int, 1),      help="of items 2 and 3: queries a step")
-    add("--micro-batch",   default=4,    type=number(int, 1),      help="of items 2 and 3: queries in one pass of ours: the option of stage2_kd.py, 16 there")
+    add("--micro-batch",   default=4,    type=number(int, 1),      help="of items 2 and 3: queries in one pass of ours: the option of stage2_kd.py")
     add("--answer-tokens", default=32,   type=number(int, 1),      help="of items 1, 2 and 4: the teacher's answers are cut here")
     add("--teacher-queries", default=64, type=number(int, 2),      help="of item 4: queries that share one encoded prompt")
     add("--steps",         default=300,  type=number(int, 1),      help="of item 1: stage 2's --steps, which set its schedule; it is stopped at --target")
