@@ -58,7 +58,8 @@ def report(runs):
         part = [r for r in runs if r["row"] == row]
         cells = [spread([gap(r) for r in part if r["prompt"] == p]) for p in prompts]
         lines.append(f"| {row} | {' | '.join(cells)} | {interval([gap(r) for r in part])} | {len(part)} |")
-    lines += ["", "## The controls", "", "From the runs of one row and seed for each prompt; the same test queries and teacher answers as above.", "", "| prompt | n queries | " + " | ".join(CONTROLS) + " |", "|" + "---|" * (len(CONTROLS) + 2)]
+    lines += ["", "## The controls", "", "From the runs of one row and seed for each prompt; the same test queries and teacher answers as above.", "",
+              "| prompt | n queries | " + " | ".join(CONTROLS) + " |", "|" + "---|" * (len(CONTROLS) + 2)]
     for p in prompts:
         run = min((r for r in runs if r["prompt"] == p), key=lambda r: (r["row"] != "full", r["row"], r["seed"]))
         lines.append(f"| {p} | {next(iter(run['controls'].values()))['n']} | " + " | ".join(f"{gap(run, name):.3f}" for name in CONTROLS) + " |")
