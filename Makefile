@@ -11,7 +11,7 @@ ASK    := "What do you think of tax collectors?" "How do I cook rice so that it 
 # a prompt file becomes one vector that answers like it; every part of it that is done is skipped the next time
 demo: .venv/installed $(MODEL)
 	@echo
-	@echo "The demo: prompts/pirate.txt, 357 tokens, becomes one input embedding of a frozen 135M model. On two cores about 11 minutes:"
+	@echo "The demo: prompts/pirate.txt, 357 tokens, becomes one input embedding of a frozen 135M model. On two cores about 10 minutes:"
 	@echo "  1. stage 1, giving the prompt back   2. the teacher answers 200 questions   3. stage 2, distillation, and its table of controls   4. three questions"
 	@echo
 	@$(BIN)/python stage1_recon.py --prompt prompts/pirate.txt --out $(DEMO)/recon.pt $(if $(wildcard $(DEMO)/recon.pt),--resume)
