@@ -644,7 +644,7 @@ def make_examples(args, t, model, tokenizer, model_print, stop, rank):
     t.held, t.train = ([turn * n + i for turn in range(args.turns) for i in part] for part in (range(t.n_held), range(t.n_held, len(t.queries))))
     t.test = [[turn * n + i for i in (range(len(t.queries), n) if t.test_queries else range(t.n_held))] for turn in range(args.turns)]
     for i in t.train if args.answers == "gold" else []:                                              # held-out and test queries keep the teacher's own answers: they are the measure
-        t.answers[i] = text_ids(tokenizer, t.gold[t.queries[i]])[:args.answer_tokens - 1] + [stop[0].item()]
+        t.answers[i] = (text_ids(tokenizer, t.gold[t.queries[i]]) + [stop[0].item()])[:args.answer_tokens]          # cut as the teacher's are: only a whole one ends with the stop token
         with torch.no_grad():
             t.teacher_hidden[i] = answer_hidden(model, [t.full[i]], [t.answers[i]], torch.zeros(1, model.config.hidden_size)).to("cpu", torch.bfloat16)
 

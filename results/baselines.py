@@ -344,7 +344,7 @@ def main():
         else:
             short = summary(model, tokenizer, text, len(ids) // ratio) if method == "summary" else llmlingua(args.model, device, text, ratio)
         write(f"{name}.txt", short.encode())
-        slot = ids[:len(ids) // ratio] if method == "cut" else text_ids(tokenizer, short)
+        slot = ids[:len(ids) // ratio] if method == "cut" else text_ids(tokenizer, short)[:len(ids) // ratio if method == "summary" else None]       # a text may take more tokens than it was said in
         if not slot:
             fail(f"{name}.txt: {method} gave no text at 1/{ratio} of {len(ids)} tokens; leave it out of --methods or --ratios", code=1)
         print(f"{name}.txt: {len(ids)} tokens -> {len(slot)}")

@@ -70,11 +70,12 @@ def plots(runs, folder):
     """Gap closed by k, by lambda and by the prompt's length, and the loss curves of the full method; a plot needs two points -> the names of those drawn."""
     from matplotlib.figure import Figure
     full = [r for r in runs if r["row"] == "full"]
+    lengths = [r for r in runs if r["row"] in ("full", "length")]
     by_k, by_lambda = ([r for r in runs if r["row"] == "full" or re.fullmatch(rf"{name}-\d+", r["row"])] for name in ("k", "lam"))
     drawn = {
         "k": ("vectors k", [(r["prompt"], r["k"], gap(r)) for r in by_k]),
         "lambda": ("lambda", [(r["prompt"], 0.9 if r["row"] == "full" else int(r["row"][4:]) / 100, gap(r)) for r in by_lambda]),
-        "length": ("tokens of the prompt", [("full method", r["tokens"], gap(r)) for r in full]),
+        "length": ("tokens of the prompt", [("full method", r["tokens"], gap(r)) for r in lengths]),
         "curves": ("step", [(r["prompt"], h["step"], h["held-out KL"]) for r in full for h in r["history"] if "held-out KL" in h]),
     }
     names = []

@@ -9,7 +9,7 @@ from conftest import CPU, SENTENCES
 from test_cli import fill
 from test_scale import CLOSE, KD, TINY, assert_close, load, losses, prepared, start  # noqa: F401 (a fixture)
 
-GOLD = [{"question": f"{s}?", "answer": " ".join(s.split()[::-1])} for s in SENTENCES]
+GOLD = [{"question": f"{s}?", "answer": "No" if i % 2 else " ".join(s.split()[::-1])} for i, s in enumerate(SENTENCES)]      # short ones that end, long ones that are cut
 
 
 @pytest.fixture
@@ -51,12 +51,13 @@ def test_what_stage_2_learns_from(answers, hard, scripts, checkpoints, work, com
         query, answer = t.queries[i], t.answers[i]
         if answers == "gold":
             words = tokenizer(gold[query], add_special_tokens=False)["input_ids"]
-            assert answer == words[:5] + [model.generation_config.eos_token_id]
+            assert answer == (words + [model.generation_config.eos_token_id])[:6]
         full = scripts.kd.chat_ids(tokenizer, [{"role": "system", "content": (work / "a.txt").read_text()}, {"role": "user", "content": query}])
         with torch.no_grad():
             z = model(torch.tensor([full + answer[:-1]])).logits[0, len(full) - 1:]
         targets[query] = answer, None if hard else z
     assert len(targets) == n
+    assert answers == "teacher" or len({a[-1] == model.generation_config.eos_token_id for a, _ in targets.values()}) == 2
     assert losses(artifact, "L_KD")[0].item() == pytest.approx(first_loss(scripts, checkpoints["smol"], artifact, targets), rel=2e-2 if not hard else 1e-4)     # the teacher's states are kept in bf16
     assert len({len(t.answers[i]) for i in t.held}) >= 1 and all(t.answers[i][:2] != tokenizer(gold[t.queries[i]], add_special_tokens=False)["input_ids"][:2] for i in t.held)
 
