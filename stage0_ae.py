@@ -501,7 +501,8 @@ def main():
         bar.set_postfix(held_out=f"{best['loss']:.3f}")
     bar.close()
     on_stop(lambda number: sys.exit(128 + number))
-    if asked:                                               # in the last step: it is saved, its report is for --resume
+    if asked:                                               # in the last step
+        print("stopped after the last step; its report is made with --resume")
         sys.exit(128 + asked[0])
     if rank > 0:
         return

@@ -484,7 +484,8 @@ def main():
     bar.close()
     model.eval()
     on_stop(lambda number: sys.exit(128 + number))
-    if asked:                                               # in the last step: it is saved, its report is for --resume
+    if asked:                                               # in the last step
+        print("stopped after the last step; its report is made with --resume")
         sys.exit(128 + asked[0])
 
     said = give_back(model, opening, torch.cat([best["vector"].to(device), ae]), m)

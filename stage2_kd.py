@@ -69,7 +69,7 @@ def settings():
     add("--steps",         default=600,  type=number(int, 0),      help="optimizer steps; 0 only measures the vector of --be")
     add("--batch",         default=4,    type=number(int, 1),      help="queries a step for each prompt; many small steps beat few large ones (results/LOG.md)")
     add("--micro-batch",   default=4,    type=number(int, 1),      help="queries in one pass; the gradients of a step's passes add up. Larger on a GPU")
-    add("--lr",            default=0.12, type=number(float, 0),    help="peak; AdamW with beta2 0.95, linear warm-up over 10 steps, then a cosine to zero. 3e-2 with 0.999 ends 0.03 to 0.06 lower (results/LOG.md)")
+    add("--lr",            default=0.12, type=number(float, 0),    help="peak; AdamW with beta2 0.95, linear warm-up over 10 steps, then a cosine to zero. 3e-2 with 0.999 ends 0.03 to 0.04 lower (results/LOG.md)")
     add("--answer-tokens", default=64,   type=number(int, 1),      help="the teacher's answers are cut here")
     add("--turns",         default=1,    type=number(int, 1),      help="turns of a chat to train and test on: follow-up questions after the teacher's own answers")
     add("--held-out",      default=0.15, type=number(float, 0.01, 0.9), help="share of the queries kept from training; the best vector is chosen on them (at most 32)")
@@ -820,7 +820,8 @@ def main():
     bar.close()
     model.eval()
     on_stop(lambda number: sys.exit(128 + number))
-    if asked:                                               # in the last step: it is saved, its report is for --resume
+    if asked:                                               # in the last step
+        print("stopped after the last step; its report is made with --resume")
         sys.exit(128 + asked[0])
     assert fingerprint(model) == before, "the frozen model has changed"
     if rank > 0:

@@ -426,6 +426,24 @@ def test_a_run_that_is_told_to_stop_finishes_its_step_and_goes_on_later(name, sc
         assert scripts.infer.load_artifact(f"{code}/x.pt", whole["kind"], None, None, "")["step"] == 6
 
 
+@pytest.mark.parametrize("name", ["ae", "recon", "kd"])
+def test_a_signal_after_the_last_step_leaves_the_report_to_resume(name, scripts, checkpoints, prepared, work, command, monkeypatch):
+    """It comes while the last step is being saved: the run ends with its code and without its report, and --resume makes that."""
+    module, arguments, every, _ = stage(scripts, name, prepared)
+    arguments, save = ["--model", checkpoints["smol"], *TINY, *arguments, every, 3, "--out", "x/x.pt"], module.save_artifact
+
+    def save_and_stop(path, artifact):
+        save(path, artifact)
+        if artifact.get("step") == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+    with monkeypatch.context() as m:
+        m.setattr(module, "save_artifact", save_and_stop)
+        r = command(module, *arguments)
+    assert r.code == 143 and "--resume" in r.out and "wrote x/x.pt" not in r.out and load("x/x.pt")["step"] == 6
+    r = command(module, *arguments, "--resume")
+    assert r.code == 0 and "wrote x/x.pt" in r.out, r.err
+
+
 # --- what does not fit
 
 MANY = ["--prompt", "a.txt", "b.txt", "c.txt"]
