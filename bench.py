@@ -17,9 +17,11 @@ Reads   the prompts, and NAME.queries.txt beside --prompt. Runs the stage script
 Writes  --out, after each item: its settings, the machine, and for each figure the median, the range and n. Figures of different runs are never averaged.
 """
 import argparse
+import contextlib
 import copy
 import ctypes
 import importlib.util
+import io
 import json
 import math
 import os
@@ -35,6 +37,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import filelock
 import jinja2
 import safetensors
 import torch
@@ -719,12 +722,26 @@ ITEMS = {
 }
 
 
-def save(path, results):
-    """Written beside its place and renamed: a run killed here leaves the old file whole."""
+def save(path, data):
+    """Written beside its place and renamed: a run killed here, or a full disk, leaves the old file whole. data: bytes."""
+    try:
+        Path(f"{path}.tmp").write_bytes(data)
+        os.replace(f"{path}.tmp", path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.tmp")
+        fail(f"--out {path}: cannot be written ({e.strerror}); what was there before is still whole. Make room, or give another --out")
+
+
+def claim(path):
+    """The lock of --out -> to be kept for as long as the run goes. A second run on the same output is told and stops."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{path}.tmp").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        os.replace(f"{path}.tmp", path)
+        lock = filelock.FileLock(f"{path}.lock")
+        lock.acquire(timeout=0)
+        return lock
+    except filelock.Timeout:
+        fail(f"--out {path}: another run is writing it; wait for it, or give another --out")
     except OSError as e:
         fail(f"--out {path}: cannot be written ({e.strerror}); give another --out")
 
@@ -752,8 +769,10 @@ def plots(path, items):
                 ax.plot(x, y, marker="o", label=f"{who}, batch {batch}")
                 ax.fill_between(x, low, high, alpha=0.3)
         ax.legend()
-        figure.savefig(Path(path).with_name(f"{Path(path).stem}-{name}.png"), dpi=100, bbox_inches="tight")
+        image = io.BytesIO()
+        figure.savefig(image, dpi=100, bbox_inches="tight")
         pyplot.close(figure)
+        save(Path(path).with_name(f"{Path(path).stem}-{name}.png"), image.getvalue())
 
 
 def main():
@@ -766,7 +785,7 @@ def main():
     queries = list(dict.fromkeys(filter(None, map(str.strip, questions.read_text(encoding="utf-8-sig").splitlines())))) if questions.exists() else []
     if not queries:
         fail(f"--prompt {args.prompt}: expected its questions, one a line, in {questions}; write some there")
-    results, old = {"items": {}}, []
+    lock, results, old = claim(args.out), {"items": {}}, []
     if Path(args.out).exists():
         try:
             results = json.loads(Path(args.out).read_text(encoding="utf-8"))
@@ -792,16 +811,20 @@ def main():
         began, busy = time.perf_counter(), os.getloadavg()[0]
         torch.manual_seed(args.seed)
         model.set_attn_implementation(attention)
-        with tempfile.TemporaryDirectory() as folder:
-            c = SimpleNamespace(args=args, folder=Path(folder), device=device, attention=attention, model=model, tokenizer=tokenizer, stop=stop, common=common,
-                                queries=list(queries), questions=Path(folder) / "questions.txt")
-            c.questions.write_text("\n".join(queries), encoding="utf-8")
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and dtype == torch.bfloat16):     # as in stage 2
-                rows = function(c)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                c = SimpleNamespace(args=args, folder=Path(folder), device=device, attention=attention, model=model, tokenizer=tokenizer, stop=stop, common=common,
+                                    queries=list(queries), questions=Path(folder) / "questions.txt")
+                c.questions.write_text("\n".join(queries), encoding="utf-8")
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and dtype == torch.bfloat16):     # as in stage 2
+                    rows = function(c)
+        except OSError as e:
+            fail(f"--out {args.out}: item {item} could not write its temporary files ({e.strerror}); make room in {tempfile.gettempdir()}. The items measured before are safe")
         results["items"][str(item)] = {"name": name, "settings": wanted, "machine": here, "load_before": busy, "seconds": time.perf_counter() - began, "rows": rows}
         results["items"] = dict(sorted(results["items"].items()))
-        save(args.out, results)
+        save(args.out, (json.dumps(results, indent=1) + "\n").encode())
         plots(args.out, results["items"])
+    lock.release()
     print(f"\n{args.out}: items {', '.join(results['items'])}")
 
 

@@ -61,13 +61,13 @@ def test_pieces_of_a_prompt_are_its_words_in_order(bench):
 
 
 def test_figures_are_written_whole_or_not_at_all(bench, tmp_path, monkeypatch):
-    path = tmp_path / "r" / "b.json"
-    bench.save(path, {"items": {"1": 2}})
+    path = tmp_path / "b.json"
+    bench.save(path, b'{"items": {"1": 2}}')
     before = path.read_bytes()
     monkeypatch.setattr(bench.os, "replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(SystemExit):
-        bench.save(path, {"items": {}})
-    assert path.read_bytes() == before and json.loads(before) == {"items": {"1": 2}}
+        bench.save(path, b'{"items": {}}')
+    assert path.read_bytes() == before and json.loads(before) == {"items": {"1": 2}} and list(tmp_path.iterdir()) == [path]
 
 
 # --- what is measured against
@@ -215,7 +215,7 @@ def test_a_whole_run_writes_every_item_and_a_second_one_measures_nothing(bench, 
     assert second.out.count("in r/b.json already") == 3 and "item 2, step throughput\n" not in second.out and "item 1, time to quality\n" in second.out
     text = Path("r/b.json").read_text()
     check(json.loads(text))
-    assert {p.name for p in Path("r").iterdir()} == {"b.json", "b-quality.png", "b-ttft.png"}
+    assert {p.name for p in Path("r").iterdir()} == {"b.json", "b.json.lock", "b-quality.png", "b-ttft.png"}
     assert all(Path("r", name).read_bytes()[:4] == b"\x89PNG" for name in ("b-quality.png", "b-ttft.png"))
     assert sum("torch.distributed.run" in c for c in in_process) == 1
     many = [c for c in in_process if any(x.endswith("few.txt") for x in c)]
