@@ -579,14 +579,16 @@ def evaluate(model, rows, answers, hidden, learned):
 
 
 def compare(scores, inputs):
-    """scores: name -> (Q, 3) of `evaluate`; inputs: name -> the rows that were fed -> name -> KL, top-1, gap closed and its bootstrap interval over queries, tokens fed, n."""
+    """scores: name -> (Q, 3) of `evaluate`; inputs: name -> the rows that were fed -> name -> KL, top-1, gap closed and its bootstrap interval over queries, tokens fed, n, and
+    the KL of each query summed over its answer, for paired comparisons of two runs."""
     none = scores["no prompt (empty slot)"]
     draws = torch.randint(len(none), (1000, len(none)), generator=torch.Generator().manual_seed(0))
     table = {}
     for name, x in scores.items():
         gap = 1 - x[draws, 0].sum(1) / none[draws, 0].sum(1)
         table[name] = {"kl": (x[:, 0].sum() / x[:, 2].sum()).item(), "top1": (x[:, 1].sum() / x[:, 2].sum()).item(), "gap_closed": 1 - (x[:, 0].sum() / none[:, 0].sum()).item(),
-                       "gap_closed_95": gap.quantile(torch.tensor([0.025, 0.975])).tolist(), "tokens": sum(map(len, inputs[name])) / len(x), "n": len(x), "answer_tokens": int(x[:, 2].sum())}
+                       "gap_closed_95": gap.quantile(torch.tensor([0.025, 0.975])).tolist(), "tokens": sum(map(len, inputs[name])) / len(x), "n": len(x), "answer_tokens": int(x[:, 2].sum()),
+                       "kl_by_query": x[:, 0].tolist()}
     return table
 
 

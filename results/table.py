@@ -1,12 +1,16 @@
-"""The runs of results/ablations.sh as tables and plots.
+"""The runs of results/ablations.sh as tables and plots, and what they say of the paper's claims.
 
     python results/table.py                                                 # out/ablations -> results/README.md, results/ablations-*.png
     python results/table.py --runs out/smoke --out out/smoke/README.md      # any part of the runs; a row says of how many it is
 
-A run is a file PROMPT.ROW.sSEED.pt with stage 2's table of controls in it. For each row: gap closed on the test queries (1 - KL([BE]) / KL(no prompt), KL at tau 1 in nats a token), its mean for each prompt over the
-seeds with their range, and the mean over all runs with a bootstrap interval over them (10,000 draws, prompts and seeds alike; none for a single run). The controls of the full method's runs stand below.
+A run is a file PROMPT.ROW.sSEED.pt with stage 2's table of controls in it. Gap closed is 1 - KL([BE]) / KL(no prompt), KL at tau 1, over all answer tokens of the test queries. Two rows are compared on what both
+have: the same prompts, seeds, test queries and teacher answers. Their difference is a share of KL(no prompt) of the second row, mean over prompts; its interval is a bootstrap that draws the seeds and the queries
+within each prompt (10,000 draws), the prompts being what they are.
 """
 import argparse
+import io
+import os
+import pickle
 import re
 import sys
 from pathlib import Path
@@ -15,54 +19,121 @@ import numpy as np
 import torch
 
 CONTROLS = ["full prompt", "no prompt", "no system block", "default system prompt", "random vector", "prompt cut to"]
+CLAIMS = [                                                                               # the paper's, each as "the first row is better than the second"
+    ("KD adds to reconstruction with [AE]", "full", "recon"),
+    ("KD adds to reconstruction without [AE], the memory token", "full", "memory"),
+    ("reconstruction with [AE] adds to KD", "full", "kd"),
+    ("with [AE] it adds more than without", "full", "memory-kd"),
+    ("reconstruction without [AE] harms KD", "kd", "memory-kd"),
+    ("KD beats prompt tuning on gold answers", "kd", "tuning-gold"),
+    ("KD beats prompt tuning on the teacher's answers", "kd", "tuning-teacher"),
+    ("self-generated answers beat gold ones", "kd", "kd-gold"),
+    ("one vector beats the prompt cut to a half", "full", "cut-2"),
+    ("one vector beats a summary of half the length", "full", "summary-2"),
+    ("one vector beats LLMLingua at 2x", "full", "llmlingua-2"),
+    ("one vector beats LLMLingua at 4x", "full", "llmlingua-4"),
+]
+
+
+def fail(message):
+    """One line on stderr, exit code 2."""
+    print(f"table.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def load(path):
+    """An artifact of the stages -> dict."""
+    try:
+        return torch.load(path, weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
+        fail(f"{path}: expected a run of results/ablations.sh, found a damaged file ({type(e).__name__}); remove it and start results/ablations.sh again")
 
 
 def read_runs(folder):
-    """-> [{"prompt", "row", "seed", "controls", "answers"}], one for each finished run of the folder."""
+    """-> [{"prompt", "row", "seed", "tokens", "k", "steps", "controls", "history"}], one for each finished run of the folder."""
     runs = []
     for path in sorted(Path(folder).glob("*.pt")):
         if (m := re.fullmatch(r"(.+)\.([\w-]+)\.s(\d+)", path.stem)) and not path.stem.startswith("teacher-"):
-            a = torch.load(path, weights_only=True)
+            a = load(path)
             if "controls" in a.get("metrics", {}):                                       # not yet in a run that goes on
-                runs.append({"prompt": m[1], "row": m[2], "seed": int(m[3]), "tokens": a["prompt"]["tokens"], "k": len(a["vector"]),
+                steps, start = a["config"]["steps"] if a["config"]["lr"] else 0, (a["config"].get("be") or [""])[0]
+                first = load(start)["config"]["steps"] if Path(start).is_file() and start.endswith(".recon.pt") else 0
+                runs.append({"prompt": m[1], "row": m[2], "seed": int(m[3]), "tokens": a["prompt"]["tokens"], "k": len(a["vector"]), "steps": f"{first} + {steps}",
                              "controls": a["metrics"]["controls"], "history": a["history"]})
     return runs
 
 
-def gap(run, name="[BE]"):
-    """Gap closed of a row of a run's table of controls; its name may go on, as in "[BE], 4 vectors"."""
-    return next(v["gap_closed"] for key, v in run["controls"].items() if key.startswith(name))
+def control(run, name="[BE]"):
+    """A row of a run's table of controls; its name may go on, as in "[BE], 4 vectors"."""
+    return next(row for key, row in run["controls"].items() if key.startswith(name))
 
 
-def interval(values):
-    """Mean and its 95% bootstrap interval over runs, as text."""
-    values = np.array(values)
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
-    means = np.random.default_rng(0).choice(values, (10_000, len(values))).mean(1)
-    return f"{values.mean():.3f} ({np.quantile(means, 0.025):.3f} to {np.quantile(means, 0.975):.3f})"
+def interval(pairs, draws=10_000):
+    """Mean over prompts of sum(top) / sum(bottom) with its 95% bootstrap interval. pairs: for each prompt (top, bottom), arrays (S, Q) over seeds and queries -> (mean, low, high)."""
+    rng, means = np.random.default_rng(0), np.zeros(draws)
+    for top, bottom in pairs:
+        seeds, queries = rng.integers(len(top), size=(draws, len(top), 1)), rng.integers(top.shape[1], size=(draws, 1, top.shape[1]))
+        means += top[seeds, queries].sum((1, 2)) / bottom[seeds, queries].sum((1, 2)) / len(pairs)
+    return sum(top.sum() / bottom.sum() for top, bottom in pairs) / len(pairs), *np.quantile(means, [0.025, 0.975])
 
 
-def spread(values):
-    """Mean over the seeds of one prompt, and their range."""
-    return "" if not values else f"{values[0]:.3f}" if len(values) == 1 else f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+def show(x):
+    return "{:+.3f} ({:+.3f} to {:+.3f})".format(*x) if x else ""
+
+
+def by_query(runs, name="[BE]"):
+    """(S, Q): the KL of each query, summed over its answer."""
+    return np.array([control(r, name)["kl_by_query"] for r in runs])
+
+
+def difference(runs, row, other, prompt=None):
+    """How much more of the gap `row` closes than `other`, on the prompts and seeds that both have (of one prompt alone, if named) -> (mean, low, high), or None if they share none."""
+    pairs = []
+    for p in dict.fromkeys(r["prompt"] for r in runs if prompt in (None, r["prompt"])):
+        a, b = ({r["seed"]: r for r in runs if r["row"] == name and r["prompt"] == p} for name in (row, other))
+        if seeds := [s for s in a if s in b and control(a[s])["answer_tokens"] == control(b[s])["answer_tokens"]]:
+            a, b = [a[s] for s in seeds], [b[s] for s in seeds]
+            pairs.append((by_query(b) - by_query(a), by_query(b, "no prompt")))
+    return interval(pairs) if pairs else None
+
+
+def verdict(x):
+    """What an interval of a difference says of a claim that it is positive."""
+    return "cannot tell: not run" if not x else "holds here" if x[1] > 0 else "does not hold here" if x[2] < 0 else "cannot tell: the interval holds 0"
 
 
 def report(runs):
     """The runs as Markdown."""
-    prompts = list(dict.fromkeys(r["prompt"] for r in runs))
-    sizes = [f"{p}, {next(r['tokens'] for r in runs if r['prompt'] == p)} tokens" for p in prompts]
-    lines = ["# Ablations", "", "Made by `results/ablations.sh` and `python results/table.py`; what each row is stands at the head of results/ablations.sh. Gap closed on test queries; mean over seeds (their range) for",
-             "each prompt, mean over all runs (95% bootstrap interval over runs).", "", f"| row | {' | '.join(sizes)} | all | runs |", "|" + "---|" * (len(prompts) + 3)]
-    for row in dict.fromkeys(r["row"] for r in runs):
-        part = [r for r in runs if r["row"] == row]
-        cells = [spread([gap(r) for r in part if r["prompt"] == p]) for p in prompts]
-        lines.append(f"| {row} | {' | '.join(cells)} | {interval([gap(r) for r in part])} | {len(part)} |")
-    lines += ["", "## The controls", "", "From the runs of one row and seed for each prompt; the same test queries and teacher answers as above.", "",
-              "| prompt | n queries | " + " | ".join(CONTROLS) + " |", "|" + "---|" * (len(CONTROLS) + 2)]
+    prompts, seeds = [*dict.fromkeys(r["prompt"] for r in runs)], sorted({r["seed"] for r in runs})
+    rows = sorted({r["row"] for r in runs}, key=lambda row: (row != "full", row))
+    rebuilt = dict.fromkeys(re.sub(r"^(cut|summary|llmlingua)-\d+$", r"\1", row) for row in rows)
+    lines = ["# Ablations", "", f"Made by `ROWS=\"{' '.join(rebuilt)}\" SEEDS=\"{' '.join(map(str, seeds))}\" results/ablations.sh` and `python results/table.py`; what each row is stands at the head of",
+             "results/ablations.sh. Steps: of stage 1 + of stage 2. KL in nats a token and top-1 are over the answers to the test queries. Gap closed, KL and top-1: means over the seeds; 95% intervals: over queries",
+             f"and seeds{' (one seed: of what another seed would give they know nothing)' if len(seeds) == 1 else ''}. Against full: gap closed minus that of the full method, paired."]
     for p in prompts:
-        run = min((r for r in runs if r["prompt"] == p), key=lambda r: (r["row"] != "full", r["row"], r["seed"]))
-        lines.append(f"| {p} | {next(iter(run['controls'].values()))['n']} | " + " | ".join(f"{gap(run, name):.3f}" for name in CONTROLS) + " |")
+        of = [r for r in runs if r["prompt"] == p]
+        lines += ["", f"## {p}, {of[0]['tokens']} tokens", "", "| row | steps | k | gap closed (95%) | against full (95%) | KL | top-1 | n queries | seeds |", "|" + "---|" * 9]
+        for row in rows:
+            if part := [r for r in of if r["row"] == row]:
+                mean, low, high = interval([(by_query(part, "no prompt") - by_query(part), by_query(part, "no prompt"))])
+                kl, top1 = (np.mean([control(r)[key] for r in part]) for key in ("kl", "top1"))
+                lines.append(f"| {row} | {part[0]['steps']} | {part[0]['k']} | {mean:.3f} ({low:.3f} to {high:.3f}) | {show(difference(runs, row, 'full', p)) if row != 'full' else ''} | {kl:.3f} | {top1:.1%} | "
+                             f"{control(part[0])['n']} | {len(part)} |")
+        run = min(of, key=lambda r: (r["row"] != "full", r["row"], r["seed"]))
+        lines.append("| *controls* | | | " + "; ".join(f"{name} {control(run, name)['gap_closed']:.3f}" for name in CONTROLS) + " | | | | | |")
+    shared = [r for r in rows if r != "full" and difference(runs, r, "full")]
+    if shared:
+        lines += ["", "## Over the prompts", "", "| row | against full, mean over the prompts that both have (95%) | prompts |", "|---|---|---|"]
+        lines += [f"| {row} | {show(difference(runs, row, 'full'))} | {', '.join(p for p in prompts if difference(runs, row, 'full', p))} |" for row in shared]
+    lines += ["", "## The paper's claims", "", "Here: a 135M model, these prompts and this budget. *Holds*: the whole interval of the paired difference is on the claim's side.", "",
+              "| claim | difference | mean over prompts (95%) | by prompt | verdict |", "|---|---|---|---|---|"]
+    for text, a, b in CLAIMS:
+        x, single = difference(runs, a, b), {p: d for p in prompts if (d := difference(runs, a, b, p))}
+        lines.append(f"| {text} | {a} - {b} | {show(x)} | {', '.join(f'{p} {d[0]:+.3f}' for p, d in single.items())} | {verdict(x)} |")
+    kept = {p: np.mean([control(r)["gap_closed"] for r in runs if r["row"] == "full" and r["prompt"] == p]) for p in prompts if any(r["row"] == "full" and r["prompt"] == p for r in runs)}
+    if kept:
+        lines.append(f"| one vector keeps about 98% of the behaviour | full | gap closed {np.mean([*kept.values()]):.3f} | {', '.join(f'{p} {x:.3f}' for p, x in kept.items())} | "
+                     f"{'holds here' if min(kept.values()) >= 0.98 else 'not in KL; task accuracy, which the paper reports, is another measure'} |")
     return "\n".join(lines) + "\n"
 
 
@@ -73,25 +144,35 @@ def plots(runs, folder):
     lengths = [r for r in runs if r["row"] in ("full", "length")]
     by_k, by_lambda = ([r for r in runs if r["row"] == "full" or re.fullmatch(rf"{name}-\d+", r["row"])] for name in ("k", "lam"))
     drawn = {
-        "k": ("vectors k", [(r["prompt"], r["k"], gap(r)) for r in by_k]),
-        "lambda": ("lambda", [(r["prompt"], 0.9 if r["row"] == "full" else int(r["row"][4:]) / 100, gap(r)) for r in by_lambda]),
-        "length": ("tokens of the prompt", [("full method", r["tokens"], gap(r)) for r in lengths]),
+        "k": ("vectors k", [(r["prompt"], r["k"], control(r)["gap_closed"]) for r in by_k]),
+        "lambda": ("lambda", [(r["prompt"], 0.9 if r["row"] == "full" else int(r["row"][4:]) / 100, control(r)["gap_closed"]) for r in by_lambda]),
+        "length": ("tokens of the prompt", [("full method", r["tokens"], control(r)["gap_closed"]) for r in lengths]),
         "curves": ("step", [(r["prompt"], h["step"], h["held-out KL"]) for r in full for h in r["history"] if "held-out KL" in h]),
     }
     names = []
     for name, (label, points) in drawn.items():
         if len({x for _, x, _ in points}) < 2:
             continue
-        figure = Figure(figsize=(7, 4))
+        figure, picture = Figure(figsize=(7, 4)), io.BytesIO()
         axes = figure.subplots()
         for line in dict.fromkeys(p for p, _, _ in points):
             xs = sorted({x for p, x, _ in points if p == line})
             axes.plot(xs, [np.mean([y for p, x, y in points if p == line and x == at]) for at in xs], marker="o", label=line)
         axes.set(xlabel=label, ylabel="held-out KL, nats a token" if name == "curves" else "gap closed, mean over seeds")
         axes.legend()
-        figure.savefig(Path(folder, f"ablations-{name}.png"), dpi=100, bbox_inches="tight")
+        figure.savefig(picture, dpi=100, bbox_inches="tight", format="png")
+        write(Path(folder, f"ablations-{name}.png"), picture.getvalue())
         names.append(f"ablations-{name}.png")
     return names
+
+
+def write(path, data):
+    """Whole or not at all."""
+    try:
+        Path(f"{path}.tmp").write_bytes(data)
+        os.replace(f"{path}.tmp", path)
+    except OSError as e:
+        fail(f"{path}: cannot be written ({e.strerror}); give another --out")
 
 
 if __name__ == "__main__":
@@ -101,9 +182,8 @@ if __name__ == "__main__":
     args = p.parse_args()
     found = read_runs(args.runs)
     if not found:
-        print(f"table.py: --runs {args.runs}: expected finished runs, PROMPT.ROW.sSEED.pt; make some with: results/ablations.sh", file=sys.stderr)
-        sys.exit(2)
+        fail(f"--runs {args.runs}: expected finished runs, PROMPT.ROW.sSEED.pt; make some with: results/ablations.sh")
     text = report(found)
     text += "".join(f"\n![{name}]({name})\n" for name in plots(found, Path(args.out).parent))
-    Path(args.out).write_text(text, encoding="utf-8")
+    write(args.out, text.encode())
     print(text)

@@ -2,6 +2,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,10 +14,15 @@ def table():
     return load_script("results/table")
 
 
-def run(folder, name, gap, k=1, **more):
-    controls = {key: {"gap_closed": value, "n": 7} for key, value in [("full prompt", 0.99), (f"[BE], {k} vector", gap), ("no prompt (empty slot)", 0.0), ("no system block at all", 0.1),
-                                                                       ("default system prompt", 0.2), ("random vector", 0.01), ("prompt cut to 1 token", 0.02)]}
-    torch.save({"vector": torch.zeros(k, 4), "prompt": {"tokens": 40}, "history": [{"step": s, "held-out KL": 1 / (s + 1)} for s in (1, 2)], "metrics": {"controls": controls}} | more, folder / f"{name}.pt")
+def run(folder, name, gap, k=1, steps=300, **more):
+    """A finished run of 7 queries of one answer token each: KL 1 without a prompt, 1 - gap with [BE], a little more or less from query to query."""
+    def row(closed):
+        wave = [0.01 * (i - 3) for i in range(7)] if closed else [0] * 7
+        return {"gap_closed": closed, "kl": 1 - closed, "top1": 0.5, "n": 7, "answer_tokens": 7, "kl_by_query": [1 - closed + w for w in wave]}
+    controls = {key: row(value) for key, value in [("full prompt", 0.99), (f"[BE], {k} vector", gap), ("no prompt (empty slot)", 0.0), ("no system block at all", 0.1),
+                                                   ("default system prompt", 0.2), ("random vector", 0.01), ("prompt cut to 1 token", 0.02)]}
+    torch.save({"vector": torch.zeros(k, 4), "prompt": {"tokens": 40}, "history": [{"step": s, "held-out KL": 1 / (s + 1)} for s in (1, 2)], "config": {"steps": steps, "lr": 0.1},
+                "metrics": {"controls": controls}} | more, folder / f"{name}.pt")
 
 
 def test_rows_are_means_over_seeds_and_say_how_many_runs_they_are(table, tmp_path):
@@ -28,17 +34,45 @@ def test_rows_are_means_over_seeds_and_say_how_many_runs_they_are(table, tmp_pat
     runs = table.read_runs(tmp_path)
     assert [(r["prompt"], r["row"], r["seed"]) for r in runs] == [("pirate", "full", 0), ("pirate", "full", 1), ("pirate", "k-4", 0), ("pirate", "lam-50", 0), ("shop", "full", 0)]
     text = table.report(runs)
-    assert "| full | 0.500 (0.400 to 0.600) | 0.200 | 0.400 (" in text and "| k-4 | 0.800 |  | 0.800 | 1 |" in text
-    assert text.split("| full |")[1].split("\n")[0].endswith("| 3 |")
-    assert "| shop | 7 | 0.990 | 0.000 | 0.100 | 0.200 | 0.010 | 0.020 |" in text
+    pirate, shop = text.split("## pirate")[1].split("## shop")
+    line = next(x for x in pirate.split("\n") if x.startswith("| full |"))
+    assert line.startswith("| full | 0 + 300 | 1 | 0.500 (") and line.endswith("| 0.500 | 50.0% | 7 | 2 |")
+    assert "| full | 0 + 300 | 1 | 0.200 (" in shop and "k-4" not in shop.split("##")[0]
+    assert "full prompt 0.990; no prompt 0.000; no system block 0.100; default system prompt 0.200; random vector 0.010; prompt cut to 0.020" in pirate
     assert table.plots(runs, tmp_path) == ["ablations-k.png", "ablations-lambda.png", "ablations-curves.png"]        # one length only: no plot of it
     assert all((tmp_path / f"ablations-{n}.png").read_bytes()[:4] == b"\x89PNG" for n in ("k", "lambda", "curves"))
 
 
-def test_the_interval_holds_the_mean(table):
-    low, high = table.interval([0.1, 0.2, 0.6]).split("(")[1].rstrip(")").split(" to ")
-    assert table.interval([0.1, 0.2, 0.6]).startswith("0.300 (") and 0.1 <= float(low) < 0.3 < float(high) <= 0.6
-    assert table.interval([0.25]) == "0.250"
+def test_a_difference_is_of_the_prompts_and_seeds_that_both_rows_have(table, tmp_path):
+    for name, gap in [("pirate.full.s0", 0.4), ("pirate.full.s1", 0.9), ("shop.full.s0", 0.2), ("bank.full.s0", 0.9), ("pirate.kd.s0", 0.5), ("shop.kd.s0", 0.5)]:
+        run(tmp_path, name, gap)
+    runs = table.read_runs(tmp_path)
+    mean, low, high = table.difference(runs, "full", "kd")                   # pirate -0.1, shop -0.3
+    assert mean == pytest.approx(-0.2) and low <= mean <= high < 0
+    assert table.difference(runs, "full", "kd", "bank") is None and table.difference(runs, "full", "recon") is None
+    text = table.report(runs)
+    assert "| reconstruction with [AE] adds to KD | full - kd | -0.200 (-0.200 to -0.200) | pirate -0.100, shop -0.300 | does not hold here |" in text
+    assert "| KD adds to reconstruction with [AE] | full - recon |  |  | cannot tell: not run |" in text
+
+
+def test_a_verdict_needs_the_whole_interval(table):
+    assert table.verdict((0.1, 0.01, 0.2)).startswith("holds") and table.verdict((-0.1, -0.2, -0.01)).startswith("does not")
+    assert table.verdict((0.1, -0.01, 0.2)) == "cannot tell: the interval holds 0" == table.verdict((-0.1, -0.2, 0.01))
+
+
+def test_the_interval_draws_seeds_and_queries(table):
+    rng = np.random.default_rng(0)
+    bottom = np.ones((1, 50))
+    one = table.interval([(rng.normal(0.5, 0.1, (1, 50)), bottom)])
+    assert one[1] < one[0] < one[2] and one[2] - one[1] == pytest.approx(2 * 1.96 * 0.1 / 50 ** 0.5, rel=0.4)
+    seeds = table.interval([(np.array([[0.1] * 50, [0.9] * 50]), np.ones((2, 50)))])                     # queries alike, seeds apart
+    assert seeds == pytest.approx((0.5, 0.1, 0.9))
+
+
+def test_a_damaged_run_is_one_line(tmp_path):
+    (tmp_path / "pirate.full.s0.pt").write_bytes(b"not a run")
+    r = subprocess.run([sys.executable, ROOT / "results/table.py", "--runs", tmp_path, "--out", tmp_path / "x.md"], capture_output=True, text=True)
+    assert r.returncode == 2 and "damaged" in r.stderr and len(r.stderr.splitlines()) == 1 and not (tmp_path / "x.md").exists()
 
 
 def test_no_runs_is_one_line(tmp_path):
