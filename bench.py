@@ -136,6 +136,8 @@ def load_frozen(name, device, dtype, attention, trust=False, device_map=None):
     model.requires_grad_(False).eval()          # frozen: no row is added, no head untied, no weight moved
     if not device_map:
         return model.to(device), tokenizer
+    if {"disk", "cpu"} & set(map(str, model.hf_device_map.values())) and device.type == "cuda":
+        fail(f"--device-map: {name} does not fit on the GPUs, expected all of its layers there; use more GPUs, or a smaller model")
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     add_hook_to_module(model.get_decoder(), AlignDevicesHook(execution_device=model.device, io_same_device=True), append=True)
     model.get_output_embeddings().to(model.device)          # only the layers are spread: last hidden states and the head meet on the first GPU
@@ -253,6 +255,9 @@ def prompt_ids(tokenizer, messages, layout, limit):
     ids = text_ids(tokenizer, messages[0]["content"]) if text_only else chat_ids(tokenizer, messages, generate=False)
     if not ids:
         fail("--prompt: this model has no token for any of its characters; give a prompt of plain text")
+    words = chat_ids(tokenizer, [{"role": "system", "content": []}, {"role": "user", "content": []}])
+    if not text_only and ids[0] == tokenizer.bos_token_id and words.count(ids[0]) == 1:
+        ids = ids[1:]                           # a BOS stays before the slot; ChatML opens every turn with its "BOS": that one is a header
     if len(ids) > limit - 64:
         fail(f"--prompt: expected at most {limit - 64} tokens (the model's context of {limit} less 64 for a question), found {len(ids)}; shorten the prompt")
     return ids
@@ -271,7 +276,7 @@ def layout_ids(tokenizer, layout, slot, turns):
     if layout == "chat":
         return ids
     block = chat_ids(tokenizer, [{"role": "system", "content": slot}], generate=False)
-    if ids[:len(block)] != block:
+    if not block or ids[:len(block)] != block:
         fail("--layout block: this model's chat template has no system block of its own; use --layout chat")
     bos = block[:1] if block[0] == tokenizer.bos_token_id and ids.count(block[0]) == 1 else []       # ChatML opens every turn with its "BOS": that one is a header
     return bos + slot + ids[len(block):]

@@ -155,6 +155,8 @@ def load_frozen(name, device, dtype, attention, trust=False, device_map=None):
     model.requires_grad_(False).eval()          # frozen: no row is added, no head untied, no weight moved
     if not device_map:
         return model.to(device), tokenizer
+    if {"disk", "cpu"} & set(map(str, model.hf_device_map.values())) and device.type == "cuda":
+        fail(f"--device-map: {name} does not fit on the GPUs, expected all of its layers there; use more GPUs, or a smaller model")
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     add_hook_to_module(model.get_decoder(), AlignDevicesHook(execution_device=model.device, io_same_device=True), append=True)
     model.get_output_embeddings().to(model.device)          # only the layers are spread: last hidden states and the head meet on the first GPU
@@ -255,7 +257,7 @@ def layout_ids(tokenizer, layout, slot, turns):
     if layout == "chat":
         return ids
     block = chat_ids(tokenizer, [{"role": "system", "content": slot}], generate=False)
-    if ids[:len(block)] != block:
+    if not block or ids[:len(block)] != block:
         fail("--layout block: this model's chat template has no system block of its own; use --layout chat")
     bos = block[:1] if block[0] == tokenizer.bos_token_id and ids.count(block[0]) == 1 else []       # ChatML opens every turn with its "BOS": that one is a header
     return bos + slot + ids[len(block):]

@@ -1,7 +1,7 @@
 """Export [BE] as a special token of an ordinary checkpoint, which any engine serves: the client sends <|be:NAME|> as the system message.
 
     input table    row of <|be:NAME|> = [BE]                      every other row as it was
-    head           row of <|be:NAME|> = -20 u / (u . u)           u: the mean last hidden state over some text; so its logit is near -20, and the token is never said
+    head           row of <|be:NAME|> = the mean of the rows      so its logit is the mean logit: at most 1/V of the probability after any text (Jensen), and never the largest
 
     python export.py out/be.pt --out served                                  # <|be:pirate|>, after the prompt's file; prints how to serve it
     python export.py out/a.pt out/b.pt --out served --names pirate support   # several artifacts of one model go in together
@@ -53,7 +53,7 @@ def settings():
     add("--dtype",          default="base", choices=["base", "bf16", "fp32"], help="of the written weights; base: as the model's folder has them")
     add("--trust-remote-code", action="store_true", help="run the model code that a hub repository ships; off: none but that of transformers")
     add("--text",           default=None, nargs="+",  help="text files over which the tokens' probability is measured. Default: the reference pages that come with Python")
-    add("--pieces",         type=number(int, 1), default=32,       help="how many pieces of 120 words to measure it on; half as many others make u")
+    add("--pieces",         type=number(int, 1), default=32,       help="how many pieces of 120 words to measure it on; half as many others make the head's row where the vocabulary is tiny")
     add("--bound",          type=number(float, 0, 1), default=1e-3, help="a larger probability of a learned token, anywhere in that text, is an error")
     add("--overwrite",      action="store_true",      help="replace --out, if it is an export of this script, or the .json")
     p.error = lambda message: fail(f"{message}; see --help")
@@ -96,6 +96,8 @@ def load_frozen(name, device, dtype, attention, trust=False, device_map=None):
     model.requires_grad_(False).eval()          # frozen: no row is added, no head untied, no weight moved
     if not device_map:
         return model.to(device), tokenizer
+    if {"disk", "cpu"} & set(map(str, model.hf_device_map.values())) and device.type == "cuda":
+        fail(f"--device-map: {name} does not fit on the GPUs, expected all of its layers there; use more GPUs, or a smaller model")
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     add_hook_to_module(model.get_decoder(), AlignDevicesHook(execution_device=model.device, io_same_device=True), append=True)
     model.get_output_embeddings().to(model.device)          # only the layers are spread: last hidden states and the head meet on the first GPU
@@ -196,7 +198,7 @@ def layout_ids(tokenizer, layout, slot, turns):
     if layout == "chat":
         return ids
     block = chat_ids(tokenizer, [{"role": "system", "content": slot}], generate=False)
-    if ids[:len(block)] != block:
+    if not block or ids[:len(block)] != block:
         fail("--layout block: this model's chat template has no system block of its own; use --layout chat")
     bos = block[:1] if block[0] == tokenizer.bos_token_id and ids.count(block[0]) == 1 else []       # ChatML opens every turn with its "BOS": that one is a header
     return bos + slot + ids[len(block):]
@@ -209,7 +211,7 @@ def token_names(paths, artifacts, names):
         fail(f"--names: expected one for each of {len(paths)} artifacts, found {len(names)}")
     found = []
     for i, (path, be) in enumerate(zip(paths, artifacts)):
-        prompt = be.get("config", {}).get("prompt") or path
+        prompt = be["prompt"].get("path") or be.get("config", {}).get("prompt") or path
         prompt = prompt if not isinstance(prompt, list) else prompt[0] if len(prompt) == 1 else path
         stem = names[i] if names else Path(prompt).stem
         safe = re.sub(r"[^a-z0-9_-]+", "-", stem.lower()).strip("-") or "be"
@@ -360,10 +362,12 @@ def main():
         be, slot, ask = artifacts[i % len(slots)], slots[i % len(slots)], {"role": "user", "content": " ".join(piece[:30])}
         chat.append(layout_ids(tokenizer, be["layout"], slot, [ask]) + text_ids(tokenizer, " ".join(piece[30:])))
     some, other = chat[:max(1, len(chat) // 3)], chat[max(1, len(chat) // 3):]
-    u = torch.cat([h.float() for h in last_hidden(model, some, vectors)]).mean(0)                    # (d,)
-    repel, weight = -20 * u / (u @ u), model.get_output_embeddings().weight
-    if len(ids) / len(weight) < args.bound:     # the mean row gives the mean logit, so by Jensen's inequality at most 1/V of the probability after any text; a small V needs the push away from u
-        repel = weight.float().mean(0)
+    weight = model.get_output_embeddings().weight
+    if len(ids) / len(weight) < args.bound:
+        repel = weight.float().mean(0)                                                               # the mean row gives the mean logit: at most 1/V of the probability after any text (Jensen)
+    else:                                                                                            # a tiny V: away from the mean last hidden state u, to a logit near -20
+        u = torch.cat([h.float() for h in last_hidden(model, some, vectors)]).mean(0)                # (d,)
+        repel = -20 * u / (u @ u)
     head = grown(weight, repel)
     largest, seen = 0.0, sum(map(len, other))
     for h in last_hidden(model, other, vectors):

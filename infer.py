@@ -101,6 +101,8 @@ def load_frozen(name, device, dtype, attention, trust=False, device_map=None):
     model.requires_grad_(False).eval()          # frozen: no row is added, no head untied, no weight moved
     if not device_map:
         return model.to(device), tokenizer
+    if {"disk", "cpu"} & set(map(str, model.hf_device_map.values())) and device.type == "cuda":
+        fail(f"--device-map: {name} does not fit on the GPUs, expected all of its layers there; use more GPUs, or a smaller model")
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     add_hook_to_module(model.get_decoder(), AlignDevicesHook(execution_device=model.device, io_same_device=True), append=True)
     model.get_output_embeddings().to(model.device)          # only the layers are spread: last hidden states and the head meet on the first GPU
@@ -201,7 +203,7 @@ def layout_ids(tokenizer, layout, slot, turns):
     if layout == "chat":
         return ids
     block = chat_ids(tokenizer, [{"role": "system", "content": slot}], generate=False)
-    if ids[:len(block)] != block:
+    if not block or ids[:len(block)] != block:
         fail("--layout block: this model's chat template has no system block of its own; use --layout chat")
     bos = block[:1] if block[0] == tokenizer.bos_token_id and ids.count(block[0]) == 1 else []       # ChatML opens every turn with its "BOS": that one is a header
     return bos + slot + ids[len(block):]
@@ -211,14 +213,15 @@ def layout_ids(tokenizer, layout, slot, turns):
 @torch.no_grad()
 def answer(model, ids, learned, stop, limit, temperature, rng):
     """Yield the answer to ids, a list with slots (rows of learned (n, d)), token by token; the stop token is not yielded."""
-    out = model(inputs_embeds=embed(model, torch.tensor([ids], device=model.device), learned), use_cache=True, logits_to_keep=1)
+    body, weight = model.get_decoder(), model.get_output_embeddings().weight                        # weight (V, d)
+    out = body(inputs_embeds=embed(model, torch.tensor([ids], device=model.device), learned), use_cache=True)
     for _ in range(limit):
-        logits = out.logits[0, -1].float()                                                          # (V,)
+        logits = (out.last_hidden_state[0, -1] @ weight.T).float()                                  # (V,)
         token = logits.argmax() if temperature == 0 else torch.multinomial(torch.softmax(logits / temperature, -1).cpu(), 1, generator=rng)[0]
         if token.item() in stop:
             return
         yield token.item()
-        out = model(input_ids=token.to(model.device).view(1, 1), past_key_values=out.past_key_values, use_cache=True)
+        out = body(input_ids=token.to(model.device).view(1, 1), past_key_values=out.past_key_values, use_cache=True)
 
 
 def stream(tokenizer, tokens):
@@ -255,7 +258,6 @@ def main():
     stop = set(ends if isinstance(ends, list) else [ends if ends is not None else tokenizer.eos_token_id])
     rng = torch.Generator().manual_seed(args.seed)
     room = model.config.max_position_embeddings - args.max_new_tokens
-
     if room < 64:
         fail(f"--max-new-tokens: expected at most {room + args.max_new_tokens - 64} (the model's context less 64 for a question), found {args.max_new_tokens}")
 
@@ -292,7 +294,7 @@ def main():
     while True:
         try:
             query = input("\nyou> ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             print()
             return
         if query == "/reset":

@@ -122,6 +122,8 @@ def load_frozen(name, device, dtype, attention, trust=False, device_map=None):
     model.requires_grad_(False).eval()          # frozen: no row is added, no head untied, no weight moved
     if not device_map:
         return model.to(device), tokenizer
+    if {"disk", "cpu"} & set(map(str, model.hf_device_map.values())) and device.type == "cuda":
+        fail(f"--device-map: {name} does not fit on the GPUs, expected all of its layers there; use more GPUs, or a smaller model")
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     add_hook_to_module(model.get_decoder(), AlignDevicesHook(execution_device=model.device, io_same_device=True), append=True)
     model.get_output_embeddings().to(model.device)          # only the layers are spread: last hidden states and the head meet on the first GPU
@@ -397,6 +399,8 @@ def main():
     args = settings()
     on_stop(lambda number: sys.exit(128 + number))
     rank, world = ranks()
+    if args.device_map and world > 1:
+        fail("--device-map: spreads one process over all GPUs; run it without torchrun")
     _lock = claim(args.out) if rank == 0 else None                                                   # held until the end of the run
     if args.accumulate % world:
         fail(f"--accumulate: expected a multiple of the {world} processes, found {args.accumulate}; each takes its share of a step's passes")
@@ -412,7 +416,8 @@ def main():
     texts = read_texts(args.data, tokenizer, args.min_tokens, args.max_tokens)
     random.Random(args.seed).shuffle(texts)
     held = {n: [i for i, t in enumerate(texts) if len(t) >= n][:args.held_out] for n in (64, 128, 256, 512)}
-    train = [t for i, t in enumerate(texts) if i not in set(sum(held.values(), []))]
+    kept = {i for rows in held.values() for i in rows}
+    train = [t for i, t in enumerate(texts) if i not in kept]
     held = {n: torch.tensor([texts[i][:n] for i in rows], device=device) for n, rows in held.items() if rows}
     if len(train) < args.batch or not held:
         fail(f"--data: expected at least --batch = {args.batch} texts to train on and some of 64 tokens or more to hold out, found {len(texts)} texts of --min-tokens or more in all")
@@ -459,7 +464,7 @@ def main():
             ids = batch_ids(step * args.accumulate + micro)                                         # (B, n)
             target = torch.cat([ids, torch.full_like(ids[:, :1], end)], 1)                          # (B, n + 1)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and dtype == torch.bfloat16):
-                hidden = copy_hidden(model, ids, ae, start)                                         # (B, n + 1, d)
+                hidden = copy_hidden(model, ids, ae, start)                                         # (B, n + 1, d): X [AE] X, the gradient reaches [AE] alone
                 loss = token_loss(hidden.flatten(0, 1), weight, target.flatten()).mean() / args.accumulate
             loss.backward()
             total += loss.detach()
@@ -488,7 +493,7 @@ def main():
             save_artifact(args.out, artifact := {
                 "kind": "ae", "vector": best["vector"], "layout": "chat", "step": step + 1, "config": vars(args), "history": history, "best": best, "skipped": skipped, "running": running,
                 "model": {"name": args.model, "revision": getattr(model.config, "_commit_hash", None), "fingerprint": before, "d": d},
-                "metrics": {"held_out_loss": best["loss"], "held_out_right": best.get("right"), "n": sum(map(len, held.values()))},
+                "metrics": {"held_out_loss": best["loss"], "held_out_right": best.get("right"), "n": sum(len(ids) for n, ids in held.items() if n < 512)},
                 "last": ae.detach().cpu(), "optimizer": optimizer.state_dict(), "versions": {"nanobe": VERSION, "torch": str(torch.__version__), "transformers": transformers.__version__}})
         if halt:
             bar.close()

@@ -4,6 +4,7 @@
 
 The teacher is the same frozen model with the full prompt; z_T are its logits along its own answer. The student reads [BE] in the prompt's place and the same answer.
 The teacher answers every query once, before training, and its last hidden states stay on disk: z = W h gives the logits back at 1/50 to 1/250 of their size.
+The idea is in two places: make_examples (what teacher and student are fed) and the loop of main.
 
     python stage2_kd.py --prompt prompts/pirate.txt                          # from stage 1's out/be.pt, questions from prompts/pirate.queries.txt -> out/be.pt
     python stage2_kd.py --prompt p.txt                                       # no question file: the model itself is asked what its users would ask
@@ -145,6 +146,8 @@ def load_frozen(name, device, dtype, attention, trust=False, device_map=None):
     model.requires_grad_(False).eval()          # frozen: no row is added, no head untied, no weight moved
     if not device_map:
         return model.to(device), tokenizer
+    if {"disk", "cpu"} & set(map(str, model.hf_device_map.values())) and device.type == "cuda":
+        fail(f"--device-map: {name} does not fit on the GPUs, expected all of its layers there; use more GPUs, or a smaller model")
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     add_hook_to_module(model.get_decoder(), AlignDevicesHook(execution_device=model.device, io_same_device=True), append=True)
     model.get_output_embeddings().to(model.device)          # only the layers are spread: last hidden states and the head meet on the first GPU
@@ -376,6 +379,9 @@ def prompt_ids(tokenizer, messages, layout, limit):
     ids = text_ids(tokenizer, messages[0]["content"]) if text_only else chat_ids(tokenizer, messages, generate=False)
     if not ids:
         fail("--prompt: this model has no token for any of its characters; give a prompt of plain text")
+    words = chat_ids(tokenizer, [{"role": "system", "content": []}, {"role": "user", "content": []}])
+    if not text_only and ids[0] == tokenizer.bos_token_id and words.count(ids[0]) == 1:
+        ids = ids[1:]                           # a BOS stays before the slot; ChatML opens every turn with its "BOS": that one is a header
     if len(ids) > limit - 64:
         fail(f"--prompt: expected at most {limit - 64} tokens (the model's context of {limit} less 64 for a question), found {len(ids)}; shorten the prompt")
     return ids
@@ -394,7 +400,7 @@ def layout_ids(tokenizer, layout, slot, turns):
     if layout == "chat":
         return ids
     block = chat_ids(tokenizer, [{"role": "system", "content": slot}], generate=False)
-    if ids[:len(block)] != block:
+    if not block or ids[:len(block)] != block:
         fail("--layout block: this model's chat template has no system block of its own; use --layout chat")
     bos = block[:1] if block[0] == tokenizer.bos_token_id and ids.count(block[0]) == 1 else []       # ChatML opens every turn with its "BOS": that one is a header
     return bos + slot + ids[len(block):]
@@ -643,23 +649,32 @@ def make_examples(args, t, model, tokenizer, model_print, stop, rank):
         t.turns, t.full, t.answers, t.teacher_hidden = t.turns + chats, t.full + full, t.answers + answers, t.teacher_hidden + hidden
     t.rows = [layout_ids(tokenizer, t.layout, t.slot, c) for c in t.turns]
     t.none = [layout_ids(tokenizer, t.layout, [], c) for c in t.turns]                               # no prompt: the same words around an empty slot
+    block = chat_ids(tokenizer, [{"role": "system", "content": []}], generate=False)
+    own = block and t.none[0][:len(block)] == block                                                  # Llama 2 writes the system message into the first user turn
+    t.bare = [layout_ids(tokenizer, "block", [], c) for c in t.turns] if own else t.none             # no system block at all
     t.held, t.train = ([turn * n + i for turn in range(args.turns) for i in part] for part in (range(t.n_held), range(t.n_held, len(t.queries))))
     t.test = [[turn * n + i for i in (range(len(t.queries), n) if t.test_queries else range(t.n_held))] for turn in range(args.turns)]
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id in stop else stop[0].item()               # of a turn: Llama 3 names several
     for i in t.train if args.answers == "gold" else []:                                              # held-out and test queries keep the teacher's own answers: they are the measure
-        t.answers[i] = (text_ids(tokenizer, t.gold[t.queries[i]]) + [stop[0].item()])[:args.answer_tokens]          # cut as the teacher's are: only a whole one ends with the stop token
+        t.answers[i] = (text_ids(tokenizer, t.gold[t.queries[i]]) + [end])[:args.answer_tokens]          # cut as the teacher's are: only a whole one ends with the stop token
         with torch.no_grad():
-            t.teacher_hidden[i] = answer_hidden(model, [t.full[i]], [t.answers[i]], torch.zeros(1, model.config.hidden_size)).to("cpu", torch.bfloat16)
+            t.teacher_hidden[i] = answer_hidden(model, [t.full[i]], [t.answers[i]], torch.zeros(1, model.config.hidden_size, device=model.device)).to("cpu", torch.bfloat16)
 
 
 def main():
     args = settings()
     on_stop(lambda number: sys.exit(128 + number))
+    args.prompt = [p for p in args.prompt if len(args.prompt) == 1 or not p.endswith((".queries.txt", ".test.txt"))]       # a glob takes in the questions beside the prompts
     if any(x and len(x) != len(args.prompt) for x in (args.be, args.out)):
         fail(f"--be, --out: expected one for each of the {len(args.prompt)} prompts, found {len(args.be)} and {len(args.out)}")
+    if not args.out and len({Path(p).stem for p in args.prompt}) < len(args.prompt):
+        fail(f"--prompt: expected a name of its own for each prompt, found {' '.join(args.prompt)}; give --out, a file for each")
     if args.answers == "gold" and args.turns > 1:
         fail("--answers gold: the answers of later turns are the teacher's; give --turns 1")
     tasks = [read_inputs(args, n) for n in range(len(args.prompt))]
     rank, world = ranks()
+    if args.device_map and world > 1:
+        fail("--device-map: spreads one process over all GPUs; run it without torchrun")
     device, dtype, attention = pick_device(args.device, args.dtype)
     model, tokenizer = load_frozen(args.model, device, dtype, attention, args.trust_remote_code, args.device_map)
     body, weight = model.get_decoder(), model.get_output_embeddings().weight                        # weight (V, d)
@@ -694,7 +709,7 @@ def main():
             if saved["prompt"]["messages"] != t.messages:
                 fail(f"{t.be_path}: its vector was made for another prompt than {t.path}; make one with: {maker}")
             again = saved["stage"] == "kd" and t.be_path == t.out and args.steps > 0                 # a second run over its own output starts where the first one did
-            t.layout, t.start = saved["layout"], saved["start" if again else "vector"]
+            t.layout, t.start, t.ae = saved["layout"], saved["start" if again else "vector"], saved.get("ae")
             if args.k not in (0, len(t.start)) or args.layout not in ("", t.layout):
                 fail(f"--k, --layout: {t.be_path} has k = {len(t.start)}, layout {t.layout}; another k or layout needs a new stage 1, or --init random")
         elif not run:
@@ -707,6 +722,8 @@ def main():
 
     # the data
     ae = find_ae("none" if args.lam == 1 else args.ae, before, d, args.model).to(device)            # (1, d) fp32, not trained; (0, d) without
+    if args.lam < 1 and any(getattr(t, "ae", None) is not None and not torch.equal(t.ae, ae.cpu()) for t in tasks):
+        fail("--ae: stage 1 used another [AE]; name the same one for both stages")
     for t in tasks:
         make_examples(args, t, model, tokenizer, before, stop, rank)
         print(f"prompt: {t.path}, {len(t.s)} tokens -> {t.k} vector{'s' * (t.k > 1)}; layout {t.layout}; "
@@ -724,7 +741,8 @@ def main():
     first, skipped, tables = 0, 0, None
     for t in tasks:
         if not run:
-            t.history, t.best = [], {"kl": math.inf, "step": 0, "vector": t.start}
+            kl, _, tokens = measure(t, t.held, t.rows, be.detach()).sum(0).tolist()
+            t.history, t.best = [], {"kl": kl / tokens, "step": 0, "vector": t.start}
         t.base = measure(t, t.held, t.none, torch.zeros(1, d)).sum(0)
     if run:
         if run["inputs"] != inputs:
@@ -740,13 +758,13 @@ def main():
     def save(step, tables=None):
         """An artifact for each prompt; the first one also holds the state of the run, for --resume."""
         last = be.detach().cpu()
+        state = {"inputs": inputs, "step": step, "skipped": skipped, "last": last, "optimizer": None if tables else optimizer.state_dict(), "tables": tables, "layouts": [t.layout for t in tasks],
+                 "starts": [t.start for t in tasks], "bests": [t.best for t in tasks], "histories": [t.history for t in tasks]}
         for n, t in enumerate(tasks):
             metrics = {"held_out_kl": t.best["kl"], "held_out_gap_closed": 1 - t.best["kl"] * t.base[2].item() / t.base[0].item(), "n": len(t.held)}
-            state = {"inputs": inputs, "step": step, "skipped": skipped, "last": last, "optimizer": None if tables else optimizer.state_dict(), "tables": tables, "layouts": [t.layout for t in tasks],
-                     "starts": [t.start for t in tasks], "bests": [t.best for t in tasks], "histories": [t.history for t in tasks]}
             save_artifact(t.out, {
                 "kind": "be", "stage": "kd", "vector": t.best["vector"], "layout": t.layout, "step": step, "skipped": skipped, "config": vars(args),
-                "prompt": {"sha256": hashlib.sha256(json.dumps(t.messages).encode()).hexdigest(), "messages": t.messages, "tokens": len(t.s)},
+                "prompt": {"sha256": hashlib.sha256(json.dumps(t.messages).encode()).hexdigest(), "messages": t.messages, "tokens": len(t.s), "path": t.path},
                 "model": {"name": args.model, "revision": getattr(model.config, "_commit_hash", None), "fingerprint": before, "d": d},
                 "metrics": metrics | ({"controls": tables[n][0], "turns": tables[n]} if tables else {}), "history": t.history, "best": t.best, "last": last[-1 - t.slot[0]:-t.slot[-1]], "start": t.start,
                 "versions": {"nanobe": VERSION, "torch": str(torch.__version__), "transformers": transformers.__version__}} | ({"run": state} if n == 0 else {}))
@@ -756,6 +774,8 @@ def main():
         model.train()                                       # transformers checkpoints a model in training only; these have no dropout
     if args.compile:
         body.compile(dynamic=True)
+
+    # the loop. Student: [BE] + query + answer -> its hidden states; teacher: those that were kept of prompt + query + answer; the loss: their KL under the same head
     asked, bad = [], 0
     on_stop(asked.append)
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="[BE] distil", dynamic_ncols=True, disable=rank > 0)
@@ -835,11 +855,17 @@ def main():
         tables = []
         for t in tasks:
             plural = "s" * (t.k > 1)
-            controls = {"full prompt": (t.full, nothing), f"[BE], {t.k} vector{plural}": (t.rows, best), "no prompt (empty slot)": (t.none, nothing),
-                        "no system block at all": ([layout_ids(tokenizer, "block", [], c) for c in t.turns], nothing), "default system prompt": ([chat_ids(tokenizer, c) for c in t.turns], nothing),
-                        f"random vector{plural}": (t.rows, other), f"prompt cut to {t.k} token{plural}": ([layout_ids(tokenizer, t.layout, t.s[:t.k], c) for c in t.turns], nothing)}
-            tables.append([compare({name: measure(t, part, rows, learned) for name, (rows, learned) in controls.items()}, {name: [rows[i] for i in part] for name, (rows, _) in controls.items()})
-                           for part in t.test])
+            controls = {                                                                             # name: what is fed, and the vectors of its slots
+                "full prompt": (t.full, nothing),
+                f"[BE], {t.k} vector{plural}": (t.rows, best),
+                "no prompt (empty slot)": (t.none, nothing),
+                "no system block at all": (t.bare, nothing),
+                "default system prompt": ([chat_ids(tokenizer, c) for c in t.turns], nothing),
+                f"random vector{plural}": (t.rows, other),
+                f"prompt cut to {t.k} token{plural}": ([layout_ids(tokenizer, t.layout, t.s[:t.k], c) for c in t.turns], nothing),
+            }
+            tables.append([compare({name: measure(t, part, rows, learned) for name, (rows, learned) in controls.items()},
+                                   {name: [rows[i] for i in part] for name, (rows, _) in controls.items()}) for part in t.test])
         if args.steps > 0:
             save(max(first, args.steps), tables)                                                     # the run is done
     for t, turns in zip(tasks, tables):

@@ -85,6 +85,53 @@ def test_a_memory_token_has_no_trigger(scripts, checkpoints, work, command):
     assert r.code == 0 and losses(load("out/kd.pt"), "L_recon")[0].item() == pytest.approx(artifact["metrics"]["recon"], abs=1e-4)
 
 
+def test_both_stages_have_one_trigger(scripts, checkpoints, prepared, work, command):  # noqa: F811
+    r = command(scripts.recon, "--model", checkpoints["smol"], *TINY, "--prompt", "a.txt", "--steps", 2, "--ae", "none")
+    assert r.code == 0, r.err
+    before = load("out/be.pt")
+    stage2 = ["--model", checkpoints["smol"], *TINY, *KD, "--prompt", "a.txt", "--queries", "p.queries.txt"]
+    r = command(scripts.kd, *stage2, "--ae", prepared / "ae.pt")
+    assert r.code == 2 and "another [AE]" in r.err and len(r.err.splitlines()) == 1, r.err
+    assert torch.equal(load("out/be.pt")["last"], before["last"])
+    assert command(scripts.kd, *stage2, "--ae", prepared / "ae.pt", "--lam", 1).code == 0                       # no L_recon, so no trigger
+
+
+def test_a_vector_that_training_makes_worse_is_kept_as_it_started(scripts, checkpoints, work, command):
+    r = command(scripts.kd, "--model", checkpoints["smol"], *TINY, *KD, "--prompt", "a.txt", "--queries", "p.queries.txt", "--init", "random", "--lam", 1, "--lr", 1e4)
+    artifact = load("out/be.pt")
+    assert r.code == 0 and artifact["best"]["step"] == 0 and torch.equal(artifact["vector"], artifact["start"]) and not torch.equal(artifact["last"], artifact["start"]), r.err
+
+
+def test_a_glob_takes_no_question_file_for_a_prompt(scripts, checkpoints, work, command):
+    for name in "ab":
+        (work / f"{name}.txt").write_text(f"You are captain {name}. Answer briefly.")
+        (work / f"{name}.queries.txt").write_text((work / "p.queries.txt").read_text())
+    (work / "a.test.txt").write_text("Where is the harbour?")
+    found = ["a.queries.txt", "a.test.txt", "a.txt", "b.queries.txt", "b.txt"]
+    r = command(scripts.kd, "--model", checkpoints["smol"], *TINY, *KD, "--prompt", *found, "--init", "random", "--lam", 1)
+    assert r.code == 0 and sorted(p.name for p in (work / "out").glob("*.be.pt")) == ["a.be.pt", "b.be.pt"], r.err
+    (work / "x").mkdir()
+    (work / "x/a.txt").write_text("You are another.")
+    r = command(scripts.kd, "--model", checkpoints["smol"], *TINY, *KD, "--prompt", "a.txt", "x/a.txt", "--init", "random", "--lam", 1)
+    assert r.code == 2 and "x/a.txt" in r.err and "--out" in r.err and len(r.err.splitlines()) == 1, r.err
+
+
+def test_a_gold_answer_ends_the_turn_not_the_text(scripts, checkpoints, work, command, monkeypatch):
+    """Of several stop tokens (Llama 3 names the end of the text first), a whole gold answer ends with the tokenizer's own."""
+    seen, make_examples, load_frozen = [], scripts.kd.make_examples, scripts.kd.load_frozen
+
+    def two_ends(*arguments):
+        model, tokenizer = load_frozen(*arguments)
+        model.generation_config.eos_token_id = [3, tokenizer.eos_token_id]
+        return model, tokenizer
+    monkeypatch.setattr(scripts.kd, "load_frozen", two_ends)
+    monkeypatch.setattr(scripts.kd, "make_examples", lambda args, t, model, tokenizer, *rest: (make_examples(args, t, model, tokenizer, *rest), seen.append((t, tokenizer.eos_token_id))))
+    r = command(scripts.kd, "--model", checkpoints["smol"], *TINY, *KD, "--prompt", "a.txt", "--queries", "gold.jsonl", "--init", "random", "--lam", 1, "--answers", "gold", "--hard", "--answer-tokens", 6)
+    assert r.code == 0, r.err
+    (t, end), = seen
+    assert end != 3 and {t.answers[i][-1] for i in t.train if t.gold[t.queries[i]] == "No"} == {end}
+
+
 def test_checkpointing_changes_memory_only(scripts, checkpoints, prepared, work, command, monkeypatch):  # noqa: F811
     """The same vectors; and the layers did run again in the backward pass."""
     counts = {}

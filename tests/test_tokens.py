@@ -83,13 +83,15 @@ def test_block_layout_is_bos_slot_user(loaded, scripts, k):
 
 
 def test_the_prompt_is_its_text_in_the_chat_layout_and_its_block_in_the_other(loaded, scripts):
+    """A real BOS stays before the slot, so it is no part of what the slot stands for: nothing is fed two of them."""
     name, model, tokenizer = loaded
+    bos = [tokenizer.convert_tokens_to_ids(BOS[name])] if BOS[name] else []
     text = scripts.recon.text_ids(tokenizer, SYSTEM["content"])
     assert scripts.recon.prompt_ids(tokenizer, [SYSTEM], "chat", 1024) == text
     block = scripts.recon.prompt_ids(tokenizer, [SYSTEM], "block", 1024)
-    assert block == scripts.recon.chat_ids(tokenizer, [SYSTEM], generate=False) and len(block) > len(text)
+    assert bos + block == scripts.recon.chat_ids(tokenizer, [SYSTEM], generate=False) and len(block) > len(text)
     dialogue = scripts.recon.prompt_ids(tokenizer, [SYSTEM, USER, ASSISTANT], "chat", 1024)
-    assert dialogue == scripts.recon.chat_ids(tokenizer, [SYSTEM, USER, ASSISTANT], generate=False)
+    assert bos + dialogue == scripts.recon.chat_ids(tokenizer, [SYSTEM, USER, ASSISTANT], generate=False)
 
 
 def test_answer_hidden_reads_no_answer_token_before_it_predicts_it(smol, scripts):
