@@ -161,10 +161,10 @@ def embed(model, ids, learned):
 
 # --- shared: token_loss --------------------------------------------------
 class TokenLoss(torch.autograd.Function):
-    """tau^2 KL(target || softmax(h W^T / tau)) of each token, in chunks: no (T, V) tensor outlives its chunk.
+    """tau^2 times the cross-entropy of a distribution q with softmax(z / tau), z = h W^T, for each token, in chunks: no (T, V) tensor outlives its chunk.
 
     The head is frozen, so the gradient with respect to h is all that the backward pass needs: (T, d) numbers, made in the forward pass while the chunk's
-    logits are still there. d/dh of tau^2 KL is tau (softmax(z/tau) - target) W. In place where it can be: memory, not arithmetic, is what this costs.
+    logits are still there. It is tau (softmax(z / tau) - q) W. In place where it can be: memory, not arithmetic, is what this costs.
     """
     @staticmethod
     def forward(ctx, hidden, weight, target, tau, chunk):
@@ -172,16 +172,13 @@ class TokenLoss(torch.autograd.Function):
         for i in range(0, len(hidden), chunk):
             z, t = (hidden[i:i + chunk] @ weight.T).float().div_(tau), target[i:i + chunk]          # (c, V)
             norm = z.logsumexp(-1, keepdim=True)                                                    # (c, 1)
-            if t.dtype == torch.int64:                                      # a token id: its one-hot distribution, KL is the negative log-likelihood
+            if t.dtype == torch.int64:                                      # a token id: q is one-hot, the negative log-likelihood
                 losses.append((norm - z.gather(1, t[:, None]))[:, 0])
                 delta = z.sub_(norm).exp_().scatter_add_(1, t[:, None], -torch.ones_like(norm))
-            else:                                                           # the teacher's last hidden state: its logits are one product away
-                y = (t @ weight.T).float().div_(tau)
-                y_norm = y.logsumexp(-1, keepdim=True)
-                q = (y - y_norm).exp_()
-                losses.append(tau ** 2 * ((q * y.sub_(z)).sum(-1) + (norm - y_norm)[:, 0]))         # sum_v q (log q - log p)
-                delta = z.sub_(norm).exp_().sub_(q).mul_(tau)
-            grad[i:i + chunk] = delta.to(weight.dtype) @ weight
+                grad[i:i + chunk] = delta.to(weight.dtype) @ weight
+            else:                                                           # the head's mean row under q: sum_v q_v z_v is one dot product, and sum_v q_v W_v is t itself
+                losses.append(tau ** 2 * (norm[:, 0] - (hidden[i:i + chunk].float() * t.float()).sum(-1) / tau))
+                grad[i:i + chunk] = (z.sub_(norm).exp_().to(weight.dtype) @ weight).float().sub_(t).mul_(tau)
         ctx.save_for_backward(grad)
         return torch.cat(losses)
 
@@ -192,8 +189,25 @@ class TokenLoss(torch.autograd.Function):
 
 
 def token_loss(hidden, weight, target, tau=1.0, chunk=128):
-    """The loss of each token. hidden (T, d); weight (V, d), the head; target (T,) token ids, or (T, d) teacher hidden states -> (T,) fp32, in nats."""
+    """The loss of each token. hidden (T, d); weight (V, d), the head; target (T,) token ids, or (T, d) the head's mean rows under the teacher -> (T,) fp32, in nats."""
     return TokenLoss.apply(hidden, weight, target, tau, chunk)
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: soft_target -------------------------------------------------
+@torch.no_grad()
+def soft_target(weight, hidden, tau):
+    """All that L_KD needs to know of the teacher's q = softmax(z_T / tau), z_T = h W^T: KL(q || p) is token_loss less the entropy, with no logits of the teacher in it.
+
+    weight (V, d); hidden (T, d), the teacher's -> (the head's mean row under q (T, d), tau^2 times the entropy of q (T,) fp32).
+    """
+    rows, entropy = [], []
+    for h in hidden.split(128):
+        logq = (h @ weight.T).float().div_(tau).log_softmax(-1)                                     # (c, V)
+        q = logq.exp()
+        rows.append(q.to(weight.dtype) @ weight)
+        entropy.append(-tau ** 2 * (q * logq).sum(-1))
+    return torch.cat(rows), torch.cat(entropy)
 # --- end shared ----------------------------------------------------------
 
 
@@ -406,14 +420,17 @@ def naive(model, full, rows, stop, limit, start, lr, seed, tau=2.0):
         yield be.detach().float()
 
 
-def kd_step(model, rows, answers, hidden, be, optimizer, micro, full=False, tau=2.0):
-    """One step of stage 2's loop in passes of `micro` rows, whose gradients add up: L_KD against the teacher's hidden states. full: the logits of a pass at once."""
+def kd_step(model, rows, answers, targets, be, optimizer, micro, full=False, tau=2.0):
+    """One step of stage 2's loop in passes of `micro` rows, whose gradients add up: L_KD. targets: of soft_target, a pair a row; or full, the teacher's hidden states, and the logits of a pass at once."""
     weight, tokens = model.get_output_embeddings().weight, sum(map(len, answers))
     optimizer.zero_grad()
     for i in range(0, len(rows), micro):
         student = answer_hidden(model, rows[i:i + micro], answers[i:i + micro], be)                 # (sum T, d)
-        teacher = torch.cat(hidden[i:i + micro]).to(student)
-        losses = full_loss(student @ weight.T, teacher @ weight.T, tau) if full else token_loss(student, weight, teacher, tau)
+        if full:
+            losses = full_loss(student @ weight.T, torch.cat(targets[i:i + micro]).to(student) @ weight.T, tau)
+        else:
+            means, entropies = zip(*targets[i:i + micro])
+            losses = token_loss(student, weight, torch.cat(means), tau) - torch.cat(entropies)
         (losses.sum() / tokens).backward()
     optimizer.step()
 
@@ -588,17 +605,18 @@ def time_to_quality(c):
 
 
 def step_throughput(c):
-    """Item 2. Tokens are those that the rows hold, pads not counted: the bound runs the same number, in as many rows of one length and one pass."""
+    """Item 2. Tokens are those that the rows hold, pads not counted: the bound runs the same number, in as many rows of one length and one pass. The targets are at hand, as from a query's second visit on."""
     args, body, be = c.args, c.model.get_decoder(), torch.nn.Parameter(noise(c.model, c.args.seed))
     full, be_rows = examples(c, args.prompt, args.batch)
     rows, answers, hidden = zip(*sorted(zip(be_rows, *teacher(c, full)), key=lambda x: len(x[0]) + len(x[1])))              # like lengths together, as in stage 2
     tokens = sum(len(r) + len(a) - 1 for r, a in zip(rows, answers))
     ids = torch.randint(c.model.config.vocab_size, (args.batch, math.ceil(tokens / args.batch))).to(c.device)
     embeds = c.model.get_input_embeddings()(ids).requires_grad_()
-    optimizer = torch.optim.AdamW([be], lr=1e-3, weight_decay=0)
+    optimizer, weight = torch.optim.AdamW([be], lr=1e-3, weight_decay=0), c.model.get_output_embeddings().weight
+    targets = [soft_target(weight, h.to(weight), 2.0) for h in hidden]
 
     def step():
-        kd_step(c.model, rows, answers, hidden, be, optimizer, args.micro_batch)
+        kd_step(c.model, rows, answers, targets, be, optimizer, args.micro_batch)
         return tokens
 
     def bound():
@@ -618,10 +636,12 @@ def memory(c):
     _, rows = examples(c, args.prompt, args.batch)
     answers = torch.randint(c.model.config.vocab_size, (args.batch, length)).tolist()
     hidden, optimizer = [torch.randn(length, be.shape[1]) for _ in rows], torch.optim.AdamW([be], lr=1e-3, weight_decay=0)
-    kd_step(c.model, rows[:1], answers[:1], hidden[:1], be, optimizer, 1)                            # the weights are mapped from their file: now they are all in memory
+    weight = c.model.get_output_embeddings().weight
+    targets = [soft_target(weight, h.to(weight), 2.0) for h in hidden]
+    kd_step(c.model, rows[:1], answers[:1], targets[:1], be, optimizer, 1)                           # the weights are mapped from their file: now they are all in memory
 
     def step(micro, full):
-        return lambda: peak_bytes(c.device, lambda: kd_step(c.model, rows, answers, hidden, be, optimizer, micro, full))
+        return lambda: peak_bytes(c.device, lambda: kd_step(c.model, rows, answers, hidden if full else targets, be, optimizer, micro, full))
 
     return pairs([("memory of a training step", "bytes", "low"), ("peak memory, weights and all", "bytes", "low")],
                  {f"passes of {args.micro_batch}, loss in chunks": step(args.micro_batch, False), f"one pass of {args.batch}, full logits": step(args.batch, True)}, args.repeats,

@@ -147,10 +147,10 @@ def embed(model, ids, learned):
 
 # --- shared: token_loss --------------------------------------------------
 class TokenLoss(torch.autograd.Function):
-    """tau^2 KL(target || softmax(h W^T / tau)) of each token, in chunks: no (T, V) tensor outlives its chunk.
+    """tau^2 times the cross-entropy of a distribution q with softmax(z / tau), z = h W^T, for each token, in chunks: no (T, V) tensor outlives its chunk.
 
     The head is frozen, so the gradient with respect to h is all that the backward pass needs: (T, d) numbers, made in the forward pass while the chunk's
-    logits are still there. d/dh of tau^2 KL is tau (softmax(z/tau) - target) W. In place where it can be: memory, not arithmetic, is what this costs.
+    logits are still there. It is tau (softmax(z / tau) - q) W. In place where it can be: memory, not arithmetic, is what this costs.
     """
     @staticmethod
     def forward(ctx, hidden, weight, target, tau, chunk):
@@ -158,16 +158,13 @@ class TokenLoss(torch.autograd.Function):
         for i in range(0, len(hidden), chunk):
             z, t = (hidden[i:i + chunk] @ weight.T).float().div_(tau), target[i:i + chunk]          # (c, V)
             norm = z.logsumexp(-1, keepdim=True)                                                    # (c, 1)
-            if t.dtype == torch.int64:                                      # a token id: its one-hot distribution, KL is the negative log-likelihood
+            if t.dtype == torch.int64:                                      # a token id: q is one-hot, the negative log-likelihood
                 losses.append((norm - z.gather(1, t[:, None]))[:, 0])
                 delta = z.sub_(norm).exp_().scatter_add_(1, t[:, None], -torch.ones_like(norm))
-            else:                                                           # the teacher's last hidden state: its logits are one product away
-                y = (t @ weight.T).float().div_(tau)
-                y_norm = y.logsumexp(-1, keepdim=True)
-                q = (y - y_norm).exp_()
-                losses.append(tau ** 2 * ((q * y.sub_(z)).sum(-1) + (norm - y_norm)[:, 0]))         # sum_v q (log q - log p)
-                delta = z.sub_(norm).exp_().sub_(q).mul_(tau)
-            grad[i:i + chunk] = delta.to(weight.dtype) @ weight
+                grad[i:i + chunk] = delta.to(weight.dtype) @ weight
+            else:                                                           # the head's mean row under q: sum_v q_v z_v is one dot product, and sum_v q_v W_v is t itself
+                losses.append(tau ** 2 * (norm[:, 0] - (hidden[i:i + chunk].float() * t.float()).sum(-1) / tau))
+                grad[i:i + chunk] = (z.sub_(norm).exp_().to(weight.dtype) @ weight).float().sub_(t).mul_(tau)
         ctx.save_for_backward(grad)
         return torch.cat(losses)
 
@@ -178,7 +175,7 @@ class TokenLoss(torch.autograd.Function):
 
 
 def token_loss(hidden, weight, target, tau=1.0, chunk=128):
-    """The loss of each token. hidden (T, d); weight (V, d), the head; target (T,) token ids, or (T, d) teacher hidden states -> (T,) fp32, in nats."""
+    """The loss of each token. hidden (T, d); weight (V, d), the head; target (T,) token ids, or (T, d) the head's mean rows under the teacher -> (T,) fp32, in nats."""
     return TokenLoss.apply(hidden, weight, target, tau, chunk)
 # --- end shared ----------------------------------------------------------
 

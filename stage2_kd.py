@@ -171,10 +171,10 @@ def embed(model, ids, learned):
 
 # --- shared: token_loss --------------------------------------------------
 class TokenLoss(torch.autograd.Function):
-    """tau^2 KL(target || softmax(h W^T / tau)) of each token, in chunks: no (T, V) tensor outlives its chunk.
+    """tau^2 times the cross-entropy of a distribution q with softmax(z / tau), z = h W^T, for each token, in chunks: no (T, V) tensor outlives its chunk.
 
     The head is frozen, so the gradient with respect to h is all that the backward pass needs: (T, d) numbers, made in the forward pass while the chunk's
-    logits are still there. d/dh of tau^2 KL is tau (softmax(z/tau) - target) W. In place where it can be: memory, not arithmetic, is what this costs.
+    logits are still there. It is tau (softmax(z / tau) - q) W. In place where it can be: memory, not arithmetic, is what this costs.
     """
     @staticmethod
     def forward(ctx, hidden, weight, target, tau, chunk):
@@ -182,16 +182,13 @@ class TokenLoss(torch.autograd.Function):
         for i in range(0, len(hidden), chunk):
             z, t = (hidden[i:i + chunk] @ weight.T).float().div_(tau), target[i:i + chunk]          # (c, V)
             norm = z.logsumexp(-1, keepdim=True)                                                    # (c, 1)
-            if t.dtype == torch.int64:                                      # a token id: its one-hot distribution, KL is the negative log-likelihood
+            if t.dtype == torch.int64:                                      # a token id: q is one-hot, the negative log-likelihood
                 losses.append((norm - z.gather(1, t[:, None]))[:, 0])
                 delta = z.sub_(norm).exp_().scatter_add_(1, t[:, None], -torch.ones_like(norm))
-            else:                                                           # the teacher's last hidden state: its logits are one product away
-                y = (t @ weight.T).float().div_(tau)
-                y_norm = y.logsumexp(-1, keepdim=True)
-                q = (y - y_norm).exp_()
-                losses.append(tau ** 2 * ((q * y.sub_(z)).sum(-1) + (norm - y_norm)[:, 0]))         # sum_v q (log q - log p)
-                delta = z.sub_(norm).exp_().sub_(q).mul_(tau)
-            grad[i:i + chunk] = delta.to(weight.dtype) @ weight
+                grad[i:i + chunk] = delta.to(weight.dtype) @ weight
+            else:                                                           # the head's mean row under q: sum_v q_v z_v is one dot product, and sum_v q_v W_v is t itself
+                losses.append(tau ** 2 * (norm[:, 0] - (hidden[i:i + chunk].float() * t.float()).sum(-1) / tau))
+                grad[i:i + chunk] = (z.sub_(norm).exp_().to(weight.dtype) @ weight).float().sub_(t).mul_(tau)
         ctx.save_for_backward(grad)
         return torch.cat(losses)
 
@@ -202,8 +199,25 @@ class TokenLoss(torch.autograd.Function):
 
 
 def token_loss(hidden, weight, target, tau=1.0, chunk=128):
-    """The loss of each token. hidden (T, d); weight (V, d), the head; target (T,) token ids, or (T, d) teacher hidden states -> (T,) fp32, in nats."""
+    """The loss of each token. hidden (T, d); weight (V, d), the head; target (T,) token ids, or (T, d) the head's mean rows under the teacher -> (T,) fp32, in nats."""
     return TokenLoss.apply(hidden, weight, target, tau, chunk)
+# --- end shared ----------------------------------------------------------
+
+
+# --- shared: soft_target -------------------------------------------------
+@torch.no_grad()
+def soft_target(weight, hidden, tau):
+    """All that L_KD needs to know of the teacher's q = softmax(z_T / tau), z_T = h W^T: KL(q || p) is token_loss less the entropy, with no logits of the teacher in it.
+
+    weight (V, d); hidden (T, d), the teacher's -> (the head's mean row under q (T, d), tau^2 times the entropy of q (T,) fp32).
+    """
+    rows, entropy = [], []
+    for h in hidden.split(128):
+        logq = (h @ weight.T).float().div_(tau).log_softmax(-1)                                     # (c, V)
+        q = logq.exp()
+        rows.append(q.to(weight.dtype) @ weight)
+        entropy.append(-tau ** 2 * (q * logq).sum(-1))
+    return torch.cat(rows), torch.cat(entropy)
 # --- end shared ----------------------------------------------------------
 
 
@@ -734,6 +748,12 @@ def main():
     def measure(t, part, rows, learned):
         return evaluate(model, [rows[i] for i in part], [t.answers[i] for i in part], [t.teacher_hidden[i] for i in part], learned.to(device))
 
+    def soft(t, i):
+        """Query i's target of L_KD, made at its first visit and kept: from then on a step has two products with the head instead of three."""
+        if i not in t.soft:
+            t.soft[i] = [x.cpu() for x in soft_target(weight, t.teacher_hidden[i].to(weight), args.tau)]
+        return t.soft[i]
+
     # the one trained tensor: the vectors of all prompts. AdamW works number by number, so each of them learns as it would alone
     be = torch.nn.Parameter(torch.cat([t.start for t in tasks]).to(device))                         # (slots, d) fp32
     optimizer = torch.optim.AdamW([be], betas=(0.9, 0.95), weight_decay=0)
@@ -743,7 +763,7 @@ def main():
         if not run:
             kl, _, tokens = measure(t, t.held, t.rows, be.detach()).sum(0).tolist()
             t.history, t.best = [], {"kl": kl / tokens, "step": 0, "vector": t.start}
-        t.base = measure(t, t.held, t.none, torch.zeros(1, d)).sum(0)
+        t.base, t.soft = measure(t, t.held, t.none, torch.zeros(1, d)).sum(0), {}
     if run:
         if run["inputs"] != inputs:
             fail(f"--resume: the queries, the [AE] or the template have changed since {tasks[0].out} began; put them back, or run without --resume to start anew")
@@ -796,8 +816,12 @@ def main():
             answers = [t.answers[i] for t, i in micro]
             with autocast:
                 hidden = answer_hidden(model, [t.rows[i] for t, i in micro], answers, be)            # (sum T, d)
-                target = torch.tensor(sum(answers, []), device=device) if args.hard else torch.cat([t.teacher_hidden[i] for t, i in micro]).to(hidden)
-                losses = token_loss(hidden, weight, target, 1.0 if args.hard else args.tau).split([len(a) for a in answers])
+                if args.hard:
+                    losses = token_loss(hidden, weight, torch.tensor(sum(answers, []), device=device))
+                else:
+                    rows, entropies = zip(*[soft(t, i) for t, i in micro])
+                    losses = token_loss(hidden, weight, torch.cat(rows).to(device), args.tau) - torch.cat(entropies).to(device)
+            losses = losses.split([len(a) for a in answers])
             shares = [loss.sum() / t.tokens for (t, _), loss in zip(micro, losses)]                  # each prompt's mean over its own tokens of the step
             (args.lam * sum(shares)).backward()
             for (t, _), share in zip(micro, shares):

@@ -76,7 +76,8 @@ def test_full_logits_and_chunks_are_the_same_loss_and_gradient(bench):
     rng = torch.Generator().manual_seed(0)
     hidden, target, weight = (torch.randn(n, 16, generator=rng) for n in (200, 200, 90))
     a, b = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
-    chunks, full = bench.token_loss(a, weight, target, 2.0), bench.full_loss(b @ weight.T, target @ weight.T, 2.0)
+    row, entropy = bench.soft_target(weight, target, 2.0)
+    chunks, full = bench.token_loss(a, weight, row, 2.0) - entropy, bench.full_loss(b @ weight.T, target @ weight.T, 2.0)
     chunks.mean().backward()
     full.mean().backward()
     assert torch.allclose(chunks, full, atol=1e-4, rtol=1e-4) and torch.allclose(a.grad, b.grad, atol=1e-6, rtol=1e-4) and full.mean() > 0.1
@@ -90,7 +91,8 @@ def test_a_step_in_passes_has_the_gradient_of_one_pass_with_full_logits(bench, s
     hidden, grads = [torch.randn(len(a), 64, generator=rng) for a in answers], []
     for micro, full in ((2, False), (5, True)):
         be = torch.nn.Parameter(bench.noise(model, 0))
-        bench.kd_step(model, rows, answers, hidden, be, torch.optim.SGD([be], lr=1.0), micro, full)
+        targets = hidden if full else [bench.soft_target(model.get_output_embeddings().weight, h, 2.0) for h in hidden]
+        bench.kd_step(model, rows, answers, targets, be, torch.optim.SGD([be], lr=1.0), micro, full)
         grads.append(be.grad)
         assert torch.allclose(bench.noise(model, 0) - be.detach(), be.grad, atol=1e-5) and be.grad.norm() > 1e-3
     assert torch.allclose(*grads, atol=1e-5 * grads[0].abs().max())
