@@ -101,7 +101,7 @@ def load_frozen(name, device, dtype, attention, trust=False, device_map=None):
     model.requires_grad_(False).eval()          # frozen: no row is added, no head untied, no weight moved
     if not device_map:
         return model.to(device), tokenizer
-    if {"disk", "cpu"} & set(map(str, model.hf_device_map.values())) and device.type == "cuda":
+    if {"disk", "cpu"} & set(map(str, getattr(model, "hf_device_map", {}).values())) and device.type == "cuda":
         fail(f"--device-map: {name} does not fit on the GPUs, expected all of its layers there; use more GPUs, or a smaller model")
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     add_hook_to_module(model.get_decoder(), AlignDevicesHook(execution_device=model.device, io_same_device=True), append=True)

@@ -233,8 +233,10 @@ def test_several_artifacts_of_one_model_go_in_together(export, scripts, shelf, t
 
 
 def test_the_default_name_is_the_prompts(export):
-    be = [{"config": {"prompt": p}} for p in ("prompts/Old Captain.txt", "b/Über_1-x.json", ["only.txt"], ["one.txt", "two.txt"])] + [{}]
-    assert export.token_names(["1.pt", "2.pt", "3.pt", "out/4.two.pt", "out/5.pt"], be, None) == ["<|be:old-captain|>", "<|be:ber_1-x|>", "<|be:only|>", "<|be:4-two|>", "<|be:5|>"]
+    be = [{"config": {"prompt": p}, "prompt": {}} for p in ("prompts/Old Captain.txt", "b/Über_1-x.json", ["only.txt"], ["one.txt", "two.txt"])]
+    be += [{"prompt": {}}, {"config": {"prompt": ["one.txt", "two.txt"]}, "prompt": {"path": "b/two.txt"}}]
+    names = ["<|be:old-captain|>", "<|be:ber_1-x|>", "<|be:only|>", "<|be:4-two|>", "<|be:5|>", "<|be:two|>"]
+    assert export.token_names(["1.pt", "2.pt", "3.pt", "out/4.two.pt", "out/5.pt", "out/two.be.pt"], be, None) == names
 
 
 REFUSED = {                                                                 # case: (arguments, words of the message)
