@@ -8,7 +8,7 @@
     6  many prompts trained together, against a run for each
     7  stage 0 with two processes against one, a thread each
 
-    python bench.py                          # all of it, about 50 minutes on two slow cores -> results/bench.json, bench-quality.png, bench-ttft.png
+    python bench.py                          # all of it, about an hour on two slow cores -> results/bench.json, bench-quality.png, bench-ttft.png
     python bench.py --only 2 3               # these alone; what the file has is not measured again unless --again is given
     python bench.py --quick --out /tmp/b.json                                     # does it run? its numbers are too few to mean anything
     python bench.py --model Qwen/Qwen3-4B-Instruct-2507 --out results/bench-gpu.json
@@ -66,7 +66,7 @@ def settings():
     add("--target",        default=0.5,  type=number(float, 0, 1), help="of item 1: the held-out gap to close")
     add("--naive-lr",      default=[0.01, 0.03, 0.1], nargs="+", type=number(float, 0), help="of item 1: learning rates to try; the best after --naive-tune steps goes on")
     add("--naive-tune",    default=40,   type=number(int, 1),      help="of item 1: see --naive-lr; the steps of the best rate count as its own")
-    add("--naive-minutes", default=30.0, type=number(float, 0),    help="of item 1: the naive recipe stops here if it has not reached --target")
+    add("--naive-minutes", default=22.0, type=number(float, 0),    help="of item 1: the naive recipe stops here if it has not reached --target")
     add("--seed",          default=0,    type=int,                 help="of start vectors and the order of queries")
     add("--device",        default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: CUDA, then MPS, then CPU")
     add("--dtype",         default="auto", choices=["auto", "bf16", "fp32"],       help="of the frozen weights")
