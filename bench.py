@@ -64,7 +64,7 @@ def settings():
     add("--teacher-queries", default=64, type=number(int, 2),      help="of item 4: queries that share one encoded prompt")
     add("--steps",         default=300,  type=number(int, 1),      help="of item 1: stage 2's --steps, which set its schedule; it is stopped at --target")
     add("--target",        default=0.5,  type=number(float, 0, 1), help="of item 1: the held-out gap to close")
-    add("--naive-lr",      default=[0.01, 0.03, 0.1], nargs="+", type=number(float, 0), help="of item 1: learning rates to try; the best after --naive-tune steps goes on")
+    add("--naive-lr",      default=[0.01, 0.03, 0.1], nargs="+", type=number(float, 0), help="of item 1: learning rates to try; the first to reach --target counts, or the best after --naive-tune steps goes on")
     add("--naive-tune",    default=40,   type=number(int, 1),      help="of item 1: see --naive-lr; the steps of the best rate count as its own")
     add("--naive-minutes", default=22.0, type=number(float, 0),    help="of item 1: the naive recipe stops here if it has not reached --target")
     add("--seed",          default=0,    type=int,                 help="of start vectors and the order of queries")
@@ -590,9 +590,9 @@ def time_to_quality(c):
         print(f"naive, lr {lr}, seconds, steps and gap closed: {curves[lr][-1]}", flush=True)
 
     for lr in runs:
-        while curves[lr][-1][1] < args.naive_tune:
+        while curves[lr][-1][1] < args.naive_tune and curves[lr][-1][2] < args.target:
             go_on(lr)
-    best = max(curves, key=lambda lr: curves[lr][-1][2])
+    best = min(curves, key=lambda lr: (0, curves[lr][-1][0]) if curves[lr][-1][2] >= args.target else (1, -curves[lr][-1][2]))      # the first to get there, else the nearest
     while curves[best][-1][2] < args.target and curves[best][-1][0] < 60 * args.naive_minutes:
         go_on(best)
 
