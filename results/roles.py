@@ -70,5 +70,6 @@ if __name__ == "__main__":
                "peak_gb": peak, "threads": torch.get_num_threads(), "commands": commands}
         with open(path, "a") as f:                                            # a row is one write, so two roles can run at once (not two k of one role: they share a teacher file)
             f.write(json.dumps(row) + "\n")
-    (HERE / "roles.md").write_text(report(done()))
+    (HERE / "roles.md.tmp").write_text(report(done()))
+    os.replace(HERE / "roles.md.tmp", HERE / "roles.md")
     print(report(done()))

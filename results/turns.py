@@ -7,6 +7,7 @@ Later turns are follow-up questions after the teacher's own answers. The control
 """
 import argparse
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -83,7 +84,8 @@ def main():
             sys.exit(f"turns.py: expected {args.tested} tables, found {len(row['turns'])}; what stage 2 printed is in {name}.log")
         with open(path, "a") as f:
             f.write(json.dumps(row) + "\n")
-    out.write_text(report(done()))
+    Path(f"{out}.tmp").write_text(report(done()))
+    os.replace(f"{out}.tmp", out)
     print(report(done()))
 
 
