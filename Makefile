@@ -14,7 +14,7 @@ demo: .venv/installed $(MODEL)
 	@echo "The demo: prompts/pirate.txt, 357 tokens, becomes one input embedding of a frozen 135M model. On two cores about 10 minutes:"
 	@echo "  1. stage 1, giving the prompt back   2. the teacher answers 200 questions   3. stage 2, distillation, and its table of controls   4. three questions"
 	@echo
-	@$(BIN)/python stage1_recon.py --prompt prompts/pirate.txt --out $(DEMO)/recon.pt $(if $(wildcard $(DEMO)/recon.pt),--resume)
+	@[ -e $(DEMO)/recon.recon.png ] || $(BIN)/python stage1_recon.py --prompt prompts/pirate.txt --out $(DEMO)/recon.pt $(if $(wildcard $(DEMO)/recon.pt),--resume)       # its plot comes last
 	@echo
 	@$(BIN)/python stage2_kd.py --prompt prompts/pirate.txt --be $(DEMO)/recon.pt --out $(DEMO)/be.pt --answer-tokens 32 --steps 300 $(if $(wildcard $(DEMO)/be.pt),--resume)
 	@echo
