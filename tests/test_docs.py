@@ -8,7 +8,7 @@ from conftest import ROOT
 
 PAGES = {p.name: p.read_text(encoding="utf-8") for p in sorted(ROOT.glob("*.md"))}
 SCRIPTS = {str(p.relative_to(ROOT)): p.read_text(encoding="utf-8") for pattern in ("*.py", "data/*/*.py", "models/*.py", "results/*.py") for p in sorted(ROOT.glob(pattern))}
-OWN = re.compile(r"^(out/|data/\w+/[^/]*\.jsonl|\.venv/|be\.json|[a-z]\d?\.)")       # what a reader has or makes: out/be.pt, p.txt, q.jsonl
+OWN = re.compile(r"^(out/|data/\w+/[^/]*\.(jsonl|txt)$|models/[^/]+/|\.venv/|be\.json|[a-z]\d?\.)")   # what a reader has or makes: out/be.pt, p.txt, q.jsonl, a model
 HOUSE = [".github/workflows/ci.yml", ".pre-commit-config.yaml", "ruff.toml", "CITATION.cff", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"]
 
 
