@@ -14,7 +14,7 @@ The idea is in two places: make_examples (what teacher and student are fed) and 
     torchrun --nproc_per_node=8 stage2_kd.py --prompt p.txt --batch 64       # the queries of each step over eight GPUs; --resume goes on where a killed run stopped
 
 Reads   the prompt, queries, out/be.pt of stage 1, [AE].
-Writes  out/be.pt, out/be.kd.png, the teacher's answers in out/teacher-*.pt, and with self the questions in out/queries-*.txt.
+Writes  out/be.pt, out/be.kd.png, the teacher's answers in out/teacher-*, and with self the questions in out/queries-*.txt.
 Expect  prompts/pirate.txt, --answer-tokens 32 --steps 300, on 2 cores: 6 minutes, 2 GB, and 0.64 of the gap between no prompt and the full one closed on test questions
 """
 import argparse
@@ -28,12 +28,11 @@ import io
 import json
 import math
 import os
-import pickle
 import random
 import re
 import signal
 import sys
-import time
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -519,35 +518,68 @@ def generate(model, rows, stop, limit, temperature=0.0, seed=0, skip=()):
 
 
 def teacher(model, rows, stop, limit, temperature, seed, model_print, folder, rank=0):
-    """The frozen model's answers to rows (prompt and query, as ids), from disk where they are there -> (answers: lists of ids, hidden: (T, d) bf16 tensors, memory-mapped).
+    """The frozen model's answers to rows (prompt and query, as ids) -> (answers: lists of ids, hidden: (T, d) bf16 tensors, memory-mapped).
 
-    One file, named by a hash of all that the answers depend on, so a stale one is never read. Rank 0 makes it and saves once a minute: a killed run goes on.
+    Two files grow answer by answer: .jsonl has the ids, .bin the hidden states. So a killed run goes on, and memory does not grow with the number of queries.
+    Their name is a hash of all that the answers depend on: stale ones are never read. Rank 0 writes them; another run that wants the same ones waits.
     """
     key = hashlib.sha256(json.dumps([model_print, rows, stop.tolist(), limit, temperature, seed, str(model.dtype)]).encode()).hexdigest()[:16]
-    path, done = Path(folder, f"teacher-{key}.pt"), {}
+    path, states, d = Path(folder, f"teacher-{key}.jsonl"), Path(folder, f"teacher-{key}.bin"), model.get_input_embeddings().weight.shape[1]
 
     def read():
-        kept = torch.load(path, mmap=True, weights_only=True)
-        return dict(zip(kept["rows"], zip(kept["answers"], kept["hidden"].split([len(a) for a in kept["answers"]]))))
-
-    if path.exists() and rank == 0:
+        """What is whole -> ({row: (ids, hidden)}, its bytes in the one file and in the other): a killed run may have left half an answer behind it."""
         try:
-            done = read()
-        except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError):
+            text = path.read_bytes()
+            kept = [json.loads(line) for line in text[:text.rfind(b"\n") + 1].splitlines()]
+            lengths = [len(x["ids"]) for x in kept]
+            if kept:
+                hidden = torch.from_file(str(states), size=sum(lengths) * d, dtype=torch.bfloat16).view(-1, d).split(lengths)
+                return {x["row"]: (x["ids"], h) for x, h in zip(kept, hidden)}, text.rfind(b"\n") + 1, sum(lengths) * d * 2
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, TypeError, RuntimeError):
             print(f"teacher: {path} is damaged; the answers are made again")
-    found, saved = len(done), time.monotonic()
-    if found < len(rows) and rank == 0:
-        with tqdm(total=len(rows), initial=found, desc="teacher", dynamic_ncols=True) as bar:
-            for i, answer, h in generate(model, rows, stop, limit, temperature, seed, skip=done):
-                done[i] = answer, h.to("cpu", torch.bfloat16)
-                bar.update(len(done) - bar.n)
-                if time.monotonic() - saved > 60 or len(done) == len(rows):
-                    save_artifact(path, {"rows": list(done), "answers": [a for a, _ in done.values()], "hidden": torch.cat([h for _, h in done.values()])})
-                    saved = time.monotonic()
+        return {}, 0, 0
+
+    if rank == 0:
+        try:
+            with filelock.FileLock(f"{states}.lock"), open(path, "ab") as f, open(states, "ab") as g:
+                done, *sizes = read()
+                for file, size in zip((f, g), sizes):
+                    file.truncate(size)
+                found, bar = len(done), tqdm(total=len(rows), initial=len(done), desc="teacher", dynamic_ncols=True, disable=len(done) == len(rows))
+                for i, ids, h in generate(model, rows, stop, limit, temperature, seed, skip=done):
+                    if i not in done:
+                        for file, data in (g, h.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()), (f, json.dumps({"row": i, "ids": ids}).encode() + b"\n"):
+                            file.write(data)
+                            file.flush()
+                            os.fsync(file.fileno())                                                  # the states first: a line never names states that are not there
+                        bar.update()
+                bar.close()
+        except OSError as e:
+            fail(f"{path}: could not be written ({e.strerror}); make room and run again, it goes on with the answers that are there")
+        print(f"teacher: {found} answers found, {len(rows) - found} made, {states} ({states.stat().st_size / 1e6:.1f} MB)")
     barrier()
-    done = read()
-    print(f"teacher: {found} answers found, {len(rows) - found} made, {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    done, *_ = read()
     return [done[i][0] for i in range(len(rows))], [done[i][1] for i in range(len(rows))]
+
+
+def soft_targets(model, hidden, tau, folder):
+    """The target of L_KD for each of these answers, made once: two products with the head, which every visit of the query would repeat -> [(rows (T, d), entropy (T,)), ...]. On disk,
+    in a file that goes when the run goes; memory-mapped."""
+    weight, entropies = model.get_output_embeddings().weight, []
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            for h in hidden:
+                rows, entropy = soft_target(weight, h.to(weight), tau)
+                file.write(rows.cpu().view(torch.uint8).numpy().tobytes())
+                entropies.append(entropy.cpu())
+            file.flush()
+            lengths = [len(x) for x in entropies]
+            rows = torch.from_file(file.name, size=sum(lengths) * weight.shape[1], dtype=weight.dtype)
+    except OSError as e:
+        fail(f"{folder}: could not be written ({e.strerror}); make room and run again")
+    return list(zip(rows.view(-1, weight.shape[1]).split(lengths), entropies))
 
 
 def self_queries(model, tokenizer, messages, stop, count, seed):
@@ -748,12 +780,6 @@ def main():
     def measure(t, part, rows, learned):
         return evaluate(model, [rows[i] for i in part], [t.answers[i] for i in part], [t.teacher_hidden[i] for i in part], learned.to(device))
 
-    def soft(t, i):
-        """Query i's target of L_KD, made at its first visit and kept: from then on a step has two products with the head instead of three."""
-        if i not in t.soft:
-            t.soft[i] = [x.cpu() for x in soft_target(weight, t.teacher_hidden[i].to(weight), args.tau)]
-        return t.soft[i]
-
     # the one trained tensor: the vectors of all prompts. AdamW works number by number, so each of them learns as it would alone
     be = torch.nn.Parameter(torch.cat([t.start for t in tasks]).to(device))                         # (slots, d) fp32
     optimizer = torch.optim.AdamW([be], betas=(0.9, 0.95), weight_decay=0)
@@ -763,7 +789,7 @@ def main():
         if not run:
             kl, _, tokens = measure(t, t.held, t.rows, be.detach()).sum(0).tolist()
             t.history, t.best = [], {"kl": kl / tokens, "step": 0, "vector": t.start}
-        t.base, t.soft = measure(t, t.held, t.none, torch.zeros(1, d)).sum(0), {}
+        t.base = measure(t, t.held, t.none, torch.zeros(1, d)).sum(0)
     if run:
         if run["inputs"] != inputs:
             fail(f"--resume: the queries, the [AE] or the template have changed since {tasks[0].out} began; put them back, or run without --resume to start anew")
@@ -794,6 +820,8 @@ def main():
         model.train()                                       # transformers checkpoints a model in training only; these have no dropout
     if args.compile:
         body.compile(dynamic=True)
+    for t in tasks if first < args.steps and not args.hard else []:
+        t.soft = dict(zip(t.train, soft_targets(model, [t.teacher_hidden[i] for i in t.train], args.tau, Path(t.out).parent)))
 
     # the loop. Student: [BE] + query + answer -> its hidden states; teacher: those that were kept of prompt + query + answer; the loss: their KL under the same head
     asked, bad = [], 0
@@ -819,7 +847,7 @@ def main():
                 if args.hard:
                     losses = token_loss(hidden, weight, torch.tensor(sum(answers, []), device=device))
                 else:
-                    rows, entropies = zip(*[soft(t, i) for t, i in micro])
+                    rows, entropies = zip(*[t.soft[i] for t, i in micro])
                     losses = token_loss(hidden, weight, torch.cat(rows).to(device), args.tau) - torch.cat(entropies).to(device)
             losses = losses.split([len(a) for a in answers])
             shares = [loss.sum() / t.tokens for (t, _), loss in zip(micro, losses)]                  # each prompt's mean over its own tokens of the step

@@ -53,7 +53,7 @@ def read_runs(folder):
     """-> [{"prompt", "row", "seed", "tokens", "k", "steps", "controls", "history"}], one for each finished run of the folder."""
     runs = []
     for path in sorted(Path(folder).glob("*.pt")):
-        if (m := re.fullmatch(r"(.+)\.([\w-]+)\.s(\d+)", path.stem)) and not path.stem.startswith("teacher-"):
+        if (m := re.fullmatch(r"(.+)\.([\w-]+)\.s(\d+)", path.stem)):
             a = load(path)
             if "controls" in a.get("metrics", {}):                                       # not yet in a run that goes on
                 steps, start = a["config"]["steps"] if a["config"]["lr"] else 0, (a["config"].get("be") or [""])[0]

@@ -5,6 +5,7 @@ import pickle
 import re
 from collections import defaultdict
 
+import filelock
 import pytest
 import torch
 
@@ -200,25 +201,51 @@ def test_the_teacher_is_asked_once(asked, smol, scripts):
     assert all((z @ h[t]).argmax() == a[t] for a, h in zip(*first[:2]) for t in (0, 5) if (z @ h[t]).topk(2).values.diff().abs() > 0.1)     # row i's states belong to row i's answer
 
 
-@pytest.mark.parametrize("damage", ["cut", "emptied", "text"])
+@pytest.mark.parametrize("damage", ["cut", "emptied", "text", "other json", "states cut", "states gone"])
 def test_a_damaged_cache_is_made_again(asked, tmp_path, damage):
+    """As a whole, but where the file of answers ends early: then what stands before its end is kept."""
     first = asked()
-    path = next(tmp_path.glob("teacher-*.pt"))
-    path.write_bytes({"cut": path.read_bytes()[:2000], "emptied": b"", "text": b"no answers\n" * 200}[damage])
-    assert set(asked()[2]) == set(range(9))
+    path = next(tmp_path.glob(f"teacher-*.{'bin' if 'states' in damage else 'jsonl'}"))
+    half = path.read_bytes()[:path.stat().st_size // 2]
+    path.write_bytes({"cut": half, "states cut": half, "text": b"no answers\n" * 200, "other json": b'{"row": 0}\n'}.get(damage, b""))
+    if damage == "states gone":
+        path.unlink()
+    kept = half.count(b"\n") if damage == "cut" else 0
+    again = asked()
+    assert len(again[2]) == 9 and 0 < kept < 9 or kept == 0                 # one batch of nine: made as a whole
     third = asked()                                                         # and what it wrote is whole
     assert third[2] == []
+    same(first, again)
     same(first, third)
 
 
-def test_a_killed_teacher_goes_on_and_gives_the_same_states(asked, scripts, smol, tmp_path, monkeypatch):
-    """Batches are the same whatever is done already, so the answers and states are too, to the last bit."""
+@pytest.mark.parametrize("line", ["whole", "half", "none"])
+def test_a_killed_teacher_goes_on_and_gives_the_same_states(asked, tmp_path, line):
+    """Killed after five answers and in the sixth: its states are there in part, or as a whole with its line in part. Batches are the same whatever is done already, so the answers and states are too, to the last bit."""
     whole = asked()
-    path = next(tmp_path.glob("teacher-*.pt"))
-    kept = torch.load(path, weights_only=True)
-    scripts.kd.save_artifact(path, {"rows": kept["rows"][:5], "answers": kept["answers"][:5], "hidden": kept["hidden"][:30].clone()})
+    path, states = (next(tmp_path.glob(f"teacher-*.{end}")) for end in ("jsonl", "bin"))
+    bytes_of = [path.read_bytes(), states.read_bytes()]
+    lines, d = bytes_of[0].splitlines(keepends=True), len(bytes_of[1]) // 9 // 6
+    path.write_bytes(b"".join(lines[:5]) + {"whole": b"", "half": lines[5][:7], "none": b""}[line])
+    states.write_bytes(bytes_of[1][:{"whole": 30, "half": 36, "none": 33}[line] * d])
     again = asked()
-    assert len(again[2]) == 9 and again[0] == whole[0] and all(torch.equal(x, y) for x, y in zip(again[1], whole[1]))      # one batch of nine: made as a whole
+    assert len(again[2]) == 9 and again[0] == whole[0] and all(torch.equal(x, y) for x, y in zip(again[1], whole[1]))
+    assert [path.read_bytes(), states.read_bytes()] == bytes_of
+
+
+def test_no_other_run_writes_the_same_answers_meanwhile(asked, tmp_path, scripts, monkeypatch):
+    """A second run asks for the same answers while the first one writes them: it holds the lock, so nothing is written twice."""
+    held, generate = [], scripts.kd.generate
+
+    def look(*a, **k):
+        lock = filelock.FileLock(f"{next(tmp_path.glob('teacher-*.bin'))}.lock")
+        with pytest.raises(filelock.Timeout):
+            lock.acquire(timeout=0)
+        held.append(True)
+        yield from generate(*a, **k)
+    monkeypatch.setattr(scripts.kd, "generate", look)
+    asked()
+    assert held == [True]
 
 
 def test_whatever_the_answers_depend_on_makes_another_cache(asked, tmp_path):
@@ -227,5 +254,5 @@ def test_whatever_the_answers_depend_on_makes_another_cache(asked, tmp_path):
     assert len(longer[2]) == 9 and [a[:6] for a in longer[0]] == first[0]
     for change in ({"seed": 1}, {"temperature": 0.5}, {"key": "another model"}, {"rows": [[5, 6, 7, 9, 40 + i] for i in range(9)]}):
         assert len(asked(**change)[2]) == 9, change
-    assert len(list(tmp_path.glob("teacher-*.pt"))) == 6
+    assert len(list(tmp_path.glob("teacher-*.jsonl"))) == len(list(tmp_path.glob("teacher-*.bin"))) == 6
     assert asked()[2] == []                                                 # the first is still there

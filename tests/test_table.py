@@ -29,7 +29,6 @@ def test_rows_are_means_over_seeds_and_say_how_many_runs_they_are(table, tmp_pat
     for name, gap, k in [("pirate.full.s0", 0.4, 1), ("pirate.full.s1", 0.6, 1), ("shop.full.s0", 0.2, 1), ("pirate.k-4.s0", 0.8, 4), ("pirate.lam-50.s0", 0.3, 1)]:
         run(tmp_path, name, gap, k)
     run(tmp_path, "pirate.kd.s0", 0.9, metrics={})                           # not finished
-    torch.save({"rows": []}, tmp_path / "teacher-0123.pt")
     run(tmp_path, "pirate.base.s0.recon", 0.9)                               # stage 1's
     runs = table.read_runs(tmp_path)
     assert [(r["prompt"], r["row"], r["seed"]) for r in runs] == [("pirate", "full", 0), ("pirate", "full", 1), ("pirate", "k-4", 0), ("pirate", "lam-50", 0), ("shop", "full", 0)]
