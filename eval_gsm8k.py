@@ -443,6 +443,8 @@ def main():
     conditions["no prompt"] = ([chat_ids(tokenizer, turns) for turns in ask], no_vector)
     if args.bare:
         conditions["no system block"] = ([layout_ids(tokenizer, "block", [], turns) for turns in ask], no_vector)
+    if device.type == "cpu" and max(len(r) for rows, _ in conditions.values() for r in rows) > 1024:
+        model.set_attn_implementation("sdpa")           # eager copies the keys and values of a grouped-query model for every head: 2.0 instead of 0.45 s a token for 16 rows of 1,700 tokens
     same, keys = [before, args.max_new_tokens, sorted(stop), str(dtype)], {}                         # a key: all that decides an answer, hashed
     for name, (rows, learned) in conditions.items():
         if (longest := max(map(len, rows))) > context - args.max_new_tokens:

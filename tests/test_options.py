@@ -161,3 +161,32 @@ def test_a_device_map_on_one_device_changes_nothing(scripts, checkpoints, work, 
         r = command(scripts.kd, "--model", checkpoints["smol"], *TINY, *KD, "--prompt", "a.txt", "--queries", "p.queries.txt", "--init", "random", "--lam", 1, "--out", f"{name}/a.pt", *more)
         assert r.code == 0, r.err
     assert torch.equal(load("map/a.pt")["vector"], load("plain/a.pt")["vector"])
+
+
+def test_the_learning_rate_follows_the_scale_of_the_embedding_table(scripts, checkpoints, work, command, tmp_path):
+    """The first step of AdamW is as long as its rate: in a model with a table of an eighth, [BE] moves an eighth as far in it."""
+    model, tokenizer = scripts.kd.load_frozen(str(checkpoints["qwen"]), CPU, torch.float32, "eager")
+    rates = {}
+    for name, scale in {"plain": 1, "small": 1 / 8}.items():
+        model.get_input_embeddings().weight *= scale
+        model.save_pretrained(tmp_path / name), tokenizer.save_pretrained(tmp_path / name)
+        for module, more in {scripts.recon: ["--ae", "none"], scripts.kd: [*KD[-2:], "--queries", "p.queries.txt", "--init", "random", "--lam", 1]}.items():
+            r = command(module, "--model", tmp_path / name, *TINY, "--prompt", "a.txt", "--steps", 1, "--out", f"{name}/{module.__name__}.pt", *more)
+            assert r.code == 0, r.err
+            a = load(f"{name}/{module.__name__}.pt")
+            assert a["step"] == 1 and (module is scripts.recon or (a["last"] - a["start"]).abs().max().item() == pytest.approx(a["config"]["lr"] / 10, rel=1e-2))     # warm-up: a tenth
+            rates[module.__name__, name] = a["config"]["lr"]
+        model.get_input_embeddings().weight /= scale
+    std = model.get_input_embeddings().weight.std().item()
+    assert {key: rate / std for key, rate in rates.items()} == pytest.approx({("stage1_recon", "plain"): 1 / 4, ("stage1_recon", "small"): 1 / 32, ("stage2_kd", "plain"): 1, ("stage2_kd", "small"): 1 / 8}, rel=0.2)
+
+
+def test_the_targets_on_disk_are_those_of_the_teacher(scripts, smol, tmp_path):
+    model, _ = smol
+    hidden = [torch.randn(n, 64, generator=torch.Generator().manual_seed(n)).to(torch.bfloat16) for n in (3, 1, 200)]
+    made = scripts.kd.soft_targets(model, hidden, 2.0, tmp_path)
+    assert not list(tmp_path.iterdir()) and [len(rows) for rows, _ in made] == [3, 1, 200]
+    for h, (rows, entropy) in zip(hidden, made):
+        q = torch.softmax(h.float() @ model.get_output_embeddings().weight.T / 2, -1)
+        torch.testing.assert_close(rows, q @ model.get_output_embeddings().weight, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(entropy, -4 * (q * q.log()).sum(-1), rtol=1e-4, atol=1e-5)
