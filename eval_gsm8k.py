@@ -13,7 +13,7 @@ no prompt     the full prompt's input with the dialogue left out; a default syst
 
 Reads   data/gsm8k/test.jsonl ("question", "answer" with #### gold), the prompt, the artifacts.
 Writes  out/gsm8k.jsonl, a row an answer, and the table beside it as out/gsm8k.json. A killed run goes on when the same command runs again: a row counts
-        if its key fits, a hash of all that decides the answer. A row's seconds are its batch's, shared out; the prefix that all questions share is not in them.
+        if its key fits, a hash of all that decides the answer but for the rounding of device and attention kernel. A row's seconds are its batch's, shared out; the prefix that all questions share is not in them.
 Expect  the default model on one busy core, batch 4: for 32 new tokens 9 s a question with 8 shots, 2 s with one vector. It is too small to solve GSM8K
         with any prompt; a model of 1B or more has something to retain.
 """
@@ -443,9 +443,9 @@ def main():
     conditions["no prompt"] = ([chat_ids(tokenizer, turns) for turns in ask], no_vector)
     if args.bare:
         conditions["no system block"] = ([layout_ids(tokenizer, "block", [], turns) for turns in ask], no_vector)
-    if device.type == "cpu" and max(len(r) for rows, _ in conditions.values() for r in rows) > 1024:
-        model.set_attn_implementation("sdpa")           # eager copies the keys and values of a grouped-query model for every head: 2.0 instead of 0.45 s a token for 16 rows of 1,700 tokens
-    same, keys = [before, args.max_new_tokens, sorted(stop), str(dtype)], {}                         # a key: all that decides an answer, hashed
+    if device.type == "cpu" and prompt_tokens > 1024:
+        model.set_attn_implementation("sdpa")           # eager copies the keys and values of a grouped-query model for every head: 2.0 instead of 0.45 s a token for 16 rows of 1,600 tokens
+    same, keys = [before, args.max_new_tokens, sorted(stop), str(dtype)], {}                         # a key: all that decides an answer but for the device's rounding, hashed
     for name, (rows, learned) in conditions.items():
         if (longest := max(map(len, rows))) > context - args.max_new_tokens:
             fail(f"{name}: expected at most {context - args.max_new_tokens} tokens of context (the model's {context} less --max-new-tokens), found {longest}; "

@@ -50,7 +50,7 @@ def settings():
     add("--steps",       type=number(int, 1), default=300,    help="optimizer steps")
     add("--batch",       type=number(int, 1), default=4,      help="texts a forward pass, of like length")
     add("--accumulate",  type=number(int, 1), default=2,      help="forward passes a step; under torchrun they are shared out")
-    add("--lr",          type=number(float, 0), default=None,   help="peak; by default a quarter of the standard deviation of the model's embedding table, 3e-2 on the default model, where 1e-2 ends higher; AdamW, warm-up over 20 steps, then a cosine to zero")
+    add("--lr",          type=number(float, 0), default=None,   help="peak; default: 0.22 standard deviations of the embedding table, 3e-2 on the default model, where 1e-2 ends higher; AdamW, warm-up over 20 steps, cosine to zero")
     add("--min-tokens",  type=number(int, 1), default=64,     help="shorter texts are left out")
     add("--max-tokens",  type=number(int, 64), default=1024,   help="longer texts are cut here")
     add("--held-out",    type=number(int, 1), default=16,     help="texts kept from training, for each of the four lengths in the report")
@@ -424,7 +424,7 @@ def main():
     torch.manual_seed(args.seed)
     table = model.get_input_embeddings().weight.detach().float().cpu()
     noise = table.mean(0) + table.std(0) * torch.randn(1, d)
-    args.lr = float(f"{table.std() / 4:.1g}") if args.lr is None else args.lr
+    args.lr = float(f"{0.22 * table.std():.2g}") if args.lr is None else args.lr
     ae = torch.nn.Parameter(noise.clone().to(device))                                               # (1, d) fp32
     optimizer = torch.optim.AdamW([ae], lr=args.lr, weight_decay=0)
     first, best, history, running, skipped, artifact = 0, {"loss": math.inf, "vector": noise}, [], [], 0, None

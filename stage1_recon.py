@@ -48,7 +48,7 @@ def settings():
     add("--layout",      default="chat", choices=["chat", "block"], help="[BE] replaces the system message, or the whole system block")
     add("--k",           type=number(int, 1), default=1,         help="vectors to learn; 1 is the paper's")
     add("--steps",       type=number(int, 1), default=60,       help="at most; it stops when every token of P is right. Thousands, to get a prompt of 100 tokens back in full")
-    add("--lr",          type=number(float, 0), default=None,      help="peak; by default a quarter of the standard deviation of the model's embedding table, 3e-2 on the default model; AdamW, warm-up over 10 steps, then a cosine to zero")
+    add("--lr",          type=number(float, 0), default=None,      help="peak; default: 0.22 standard deviations of the embedding table, 3e-2 on the default model; AdamW, warm-up over 10 steps, cosine to zero")
     add("--save-every",  type=number(int, 1), default=50,        help="steps between two saves")
     add("--seed",        type=int,   default=0,         help="of the start vector")
     add("--device",      default="auto", choices=["auto", "cpu", "cuda", "mps"], help="auto: CUDA, then MPS, then CPU")
@@ -425,7 +425,7 @@ def main():
     torch.manual_seed(args.seed)
     table = model.get_input_embeddings().weight.detach().float().cpu()
     be = torch.nn.Parameter((table.mean(0) + table.std(0) * torch.randn(args.k, d)).to(device))     # (k, d) fp32
-    args.lr = float(f"{table.std() / 4:.1g}") if args.lr is None else args.lr
+    args.lr = float(f"{0.22 * table.std():.2g}") if args.lr is None else args.lr
     optimizer = torch.optim.AdamW([be], lr=args.lr, weight_decay=0)
     first, best, history, skipped = 0, {"loss": math.inf, "right": 0, "step": 0, "vector": be.detach().cpu().clone()}, [], 0
     prompt = {"sha256": hashlib.sha256(json.dumps(messages).encode()).hexdigest(), "tokens": m, "messages": messages}

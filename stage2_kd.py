@@ -69,7 +69,7 @@ def settings():
     add("--steps",         default=600,  type=number(int, 0),      help="optimizer steps; 0 only measures the vector of --be")
     add("--batch",         default=4,    type=number(int, 1),      help="queries a step for each prompt; many small steps beat few large ones (results/LOG.md)")
     add("--micro-batch",   default=4,    type=number(int, 1),      help="queries in one pass; the gradients of a step's passes add up. Larger on a GPU")
-    add("--lr",            default=None, type=number(float, 0),    help="peak; by default a standard deviation of the model's embedding table: 0.13 on the default model, 0.017 on Qwen2.5-Coder-1.5B. AdamW with beta2 0.95, warm-up over 10 steps, then a cosine to zero")
+    add("--lr",            default=None, type=number(float, 0),    help="peak; default: 0.9 standard deviations of the embedding table, 0.12 on the default model; AdamW with beta2 0.95, warm-up over 10 steps, cosine to zero")
     add("--answer-tokens", default=64,   type=number(int, 1),      help="the teacher's answers are cut here")
     add("--turns",         default=1,    type=number(int, 1),      help="turns of a chat to train and test on: follow-up questions after the teacher's own answers")
     add("--held-out",      default=0.15, type=number(float, 0.01, 0.9), help="share of the queries kept from training; the best vector is chosen on them (at most 32)")
@@ -520,7 +520,7 @@ def generate(model, rows, stop, limit, temperature=0.0, seed=0, skip=()):
 def teacher(model, rows, stop, limit, temperature, seed, model_print, folder, rank=0):
     """The frozen model's answers to rows (prompt and query, as ids) -> (answers: lists of ids, hidden: (T, d) bf16 tensors, memory-mapped).
 
-    Two files grow answer by answer: .jsonl has the ids, .bin the hidden states. So a killed run goes on, and memory does not grow with the number of queries.
+    Two files grow answer by answer: .jsonl has the ids, .bin the hidden states. So a killed run goes on, and the states of many queries need no memory.
     Their name is a hash of all that the answers depend on: stale ones are never read. Rank 0 writes them; another run that wants the same ones waits.
     """
     key = hashlib.sha256(json.dumps([model_print, rows, stop.tolist(), limit, temperature, seed, str(model.dtype)]).encode()).hexdigest()[:16]
@@ -532,54 +532,45 @@ def teacher(model, rows, stop, limit, temperature, seed, model_print, folder, ra
             text = path.read_bytes()
             kept = [json.loads(line) for line in text[:text.rfind(b"\n") + 1].splitlines()]
             lengths = [len(x["ids"]) for x in kept]
-            if kept:
-                hidden = torch.from_file(str(states), size=sum(lengths) * d, dtype=torch.bfloat16).view(-1, d).split(lengths)
-                return {x["row"]: (x["ids"], h) for x, h in zip(kept, hidden)}, text.rfind(b"\n") + 1, sum(lengths) * d * 2
+            if sum(lengths) * d * 2 > states.stat().st_size or not {x["row"] for x in kept} <= set(range(len(rows))):
+                raise ValueError
         except FileNotFoundError:
-            pass
-        except (ValueError, KeyError, TypeError, RuntimeError):
+            return {}, 0, 0
+        except (ValueError, KeyError, TypeError):
             print(f"teacher: {path} is damaged; the answers are made again")
-        return {}, 0, 0
+            path.unlink(), states.unlink(missing_ok=True)                                            # not emptied: another run may have it mapped
+            return {}, 0, 0
+        if not kept:
+            return {}, 0, 0
+        hidden = torch.from_file(str(states), shared=True, size=sum(lengths) * d, dtype=torch.bfloat16).view(-1, d).split(lengths)       # shared: a private mapping counts as memory
+        return {x["row"]: (x["ids"], h) for x, h in zip(kept, hidden)}, text.rfind(b"\n") + 1, sum(lengths) * d * 2
 
     if rank == 0:
+        lock = filelock.FileLock(f"{states}.lock")
         try:
-            with filelock.FileLock(f"{states}.lock"), open(path, "ab") as f, open(states, "ab") as g:
-                done, *sizes = read()
-                for file, size in zip((f, g), sizes):
-                    file.truncate(size)
-                found, bar = len(done), tqdm(total=len(rows), initial=len(done), desc="teacher", dynamic_ncols=True, disable=len(done) == len(rows))
+            try:
+                lock.acquire(timeout=0)
+            except filelock.Timeout:
+                print("teacher: another run is making these answers; waiting for it")
+                lock.acquire()
+            done, *sizes = read()
+            with open(path, "ab") as f, open(states, "ab") as g, tqdm(total=len(rows), initial=len(done), desc="teacher", dynamic_ncols=True, disable=len(done) == len(rows)) as bar:
+                f.truncate(sizes[0])
+                g.truncate(sizes[1])
                 for i, ids, h in generate(model, rows, stop, limit, temperature, seed, skip=done):
                     if i not in done:
-                        for file, data in (g, h.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()), (f, json.dumps({"row": i, "ids": ids}).encode() + b"\n"):
-                            file.write(data)
-                            file.flush()
-                            os.fsync(file.fileno())                                                  # the states first: a line never names states that are not there
+                        g.write(h.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+                        g.flush()                                                                    # the states first: a line never names states that are not there
+                        f.write(json.dumps({"row": i, "ids": ids}).encode() + b"\n")
+                        f.flush()
                         bar.update()
-                bar.close()
+            lock.release()
         except OSError as e:
-            fail(f"{path}: could not be written ({e.strerror}); make room and run again, it goes on with the answers that are there")
-        print(f"teacher: {found} answers found, {len(rows) - found} made, {states} ({states.stat().st_size / 1e6:.1f} MB)")
+            fail(f"{path}: could not be written ({e.strerror}); make room and run again: it goes on with the answers that are there")
+        print(f"teacher: {len(done)} answers found, {len(rows) - len(done)} made, {states} ({states.stat().st_size / 1e6:.1f} MB)")
     barrier()
     done, *_ = read()
     return [done[i][0] for i in range(len(rows))], [done[i][1] for i in range(len(rows))]
-
-
-def soft_targets(model, hidden, tau, folder):
-    """The target of L_KD for each of these answers, made once: two products with the head, which every visit of the query would repeat -> [(rows (T, d), entropy (T,)), ...]. On disk,
-    in a file that goes when the run goes; memory-mapped."""
-    weight, entropies = model.get_output_embeddings().weight, []
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder) as file:
-            for h in hidden:
-                rows, entropy = soft_target(weight, h.to(weight), tau)
-                file.write(rows.cpu().view(torch.uint8).numpy().tobytes())
-                entropies.append(entropy.cpu())
-            file.flush()
-            lengths = [len(x) for x in entropies]
-            rows = torch.from_file(file.name, size=sum(lengths) * weight.shape[1], dtype=weight.dtype)
-    except OSError as e:
-        fail(f"{folder}: could not be written ({e.strerror}); make room and run again")
-    return list(zip(rows.view(-1, weight.shape[1]).split(lengths), entropies))
 
 
 def self_queries(model, tokenizer, messages, stop, count, seed):
@@ -728,7 +719,7 @@ def main():
     ends = model.generation_config.eos_token_id
     stop = torch.tensor(ends if isinstance(ends, list) else [ends if ends is not None else tokenizer.eos_token_id])
     table = model.get_input_embeddings().weight.detach().float().cpu()                              # (V, d)
-    args.lr = float(f"{table.std():.2g}") if args.lr is None else args.lr                           # tables differ sevenfold in scale, and [BE] lives among their rows (results/LOG.md)
+    args.lr = float(f"{0.9 * table.std():.2g}") if args.lr is None else args.lr                     # tables differ in scale, and [BE] lives among their rows (results/LOG.md)
 
     def noise(k, seed):
         return table.mean(0) + table.std(0) * torch.randn(k, d, generator=torch.Generator().manual_seed(seed))      # (k, d), at the table's scale
@@ -781,6 +772,19 @@ def main():
     def measure(t, part, rows, learned):
         return evaluate(model, [rows[i] for i in part], [t.answers[i] for i in part], [t.teacher_hidden[i] for i in part], learned.to(device))
 
+    def soft(t, i):
+        """Query i's target of L_KD, made at its first visit and kept on disk: from then on a step has two products with the head instead of three."""
+        try:
+            if i not in t.soft:
+                rows, entropy = soft_target(weight, t.teacher_hidden[i].to(weight), args.tau)
+                t.soft[i] = t.file.seek(0, 2), entropy.cpu()
+                t.file.write(rows.cpu().view(torch.uint8).numpy().tobytes())
+            at, entropy = t.soft[i]
+            t.file.seek(at)
+            return torch.frombuffer(bytearray(t.file.read(len(entropy) * d * weight.itemsize)), dtype=weight.dtype).view(-1, d), entropy
+        except OSError as e:
+            fail(f"{t.out}: the targets beside it could not be written ({e.strerror}); make room and run again, with --resume if the run has saved")
+
     # the one trained tensor: the vectors of all prompts. AdamW works number by number, so each of them learns as it would alone
     be = torch.nn.Parameter(torch.cat([t.start for t in tasks]).to(device))                         # (slots, d) fp32
     optimizer = torch.optim.AdamW([be], betas=(0.9, 0.95), weight_decay=0)
@@ -790,7 +794,11 @@ def main():
         if not run:
             kl, _, tokens = measure(t, t.held, t.rows, be.detach()).sum(0).tolist()
             t.history, t.best = [], {"kl": kl / tokens, "step": 0, "vector": t.start}
-        t.base = measure(t, t.held, t.none, torch.zeros(1, d)).sum(0)
+        t.base, t.soft = measure(t, t.held, t.none, torch.zeros(1, d)).sum(0), {}
+        try:
+            t.file = tempfile.TemporaryFile(dir=Path(t.out).parent)                                  # without a name: it goes with the run, however that ends
+        except OSError as e:
+            fail(f"{t.out}: no file can be made beside it ({e.strerror})")
     if run:
         if run["inputs"] != inputs:
             fail(f"--resume: the queries, the [AE] or the template have changed since {tasks[0].out} began; put them back, or run without --resume to start anew")
@@ -821,8 +829,6 @@ def main():
         model.train()                                       # transformers checkpoints a model in training only; these have no dropout
     if args.compile:
         body.compile(dynamic=True)
-    for t in tasks if first < args.steps and not args.hard else []:
-        t.soft = dict(zip(t.train, soft_targets(model, [t.teacher_hidden[i] for i in t.train], args.tau, Path(t.out).parent)))
 
     # the loop. Student: [BE] + query + answer -> its hidden states; teacher: those that were kept of prompt + query + answer; the loss: their KL under the same head
     asked, bad = [], 0
@@ -848,7 +854,7 @@ def main():
                 if args.hard:
                     losses = token_loss(hidden, weight, torch.tensor(sum(answers, []), device=device))
                 else:
-                    rows, entropies = zip(*[t.soft[i] for t, i in micro])
+                    rows, entropies = zip(*[soft(t, i) for t, i in micro])
                     losses = token_loss(hidden, weight, torch.cat(rows).to(device), args.tau) - torch.cat(entropies).to(device)
             losses = losses.split([len(a) for a in answers])
             shares = [loss.sum() / t.tokens for (t, _), loss in zip(micro, losses)]                  # each prompt's mean over its own tokens of the step

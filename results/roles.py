@@ -68,7 +68,7 @@ if __name__ == "__main__":
         be = torch.load(HERE.parent / f"{out}.be.pt", weights_only=True)
         row = {"role": role, "k": k, "seed": args.seed, "controls": be["metrics"]["controls"], "held_out_gap_closed": be["metrics"]["held_out_gap_closed"], "seconds": seconds,
                "peak_gb": peak, "threads": torch.get_num_threads(), "commands": commands}
-        with open(path, "a") as f:                                            # a row is one write, so two roles can run at once (not two k of one role: they share a teacher file)
+        with open(path, "a") as f:                                            # a row is one write, so two roles can run at once
             f.write(json.dumps(row) + "\n")
     (HERE / "roles.md.tmp").write_text(report(done()))
     os.replace(HERE / "roles.md.tmp", HERE / "roles.md")

@@ -236,7 +236,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(name, saves, scripts, checkp
 
     def save_and_die(path, artifact):
         save(path, artifact)
-        left[0] -= "step" in artifact                                       # not the teacher's answers
+        left[0] -= 1
         if left[0] == 0:
             raise KeyboardInterrupt
     with monkeypatch.context() as m:
