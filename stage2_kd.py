@@ -535,11 +535,11 @@ def teacher(model, rows, stop, limit, temperature, seed, model_print, folder, ra
             if sum(lengths) * d * 2 > states.stat().st_size or not {x["row"] for x in kept} <= set(range(len(rows))):
                 raise ValueError
         except FileNotFoundError:
-            return {}, 0, 0
+            kept = []
         except (ValueError, KeyError, TypeError):
             print(f"teacher: {path} is damaged; the answers are made again")
             path.unlink(), states.unlink(missing_ok=True)                                            # not emptied: another run may have it mapped
-            return {}, 0, 0
+            kept = []
         if not kept:
             return {}, 0, 0
         hidden = torch.from_file(str(states), shared=True, size=sum(lengths) * d, dtype=torch.bfloat16).view(-1, d).split(lengths)       # shared: a private mapping counts as memory
