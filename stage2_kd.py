@@ -592,15 +592,15 @@ def self_queries(model, tokenizer, messages, stop, count, seed):
 
 
 # --- shared: answer_hidden -----------------------------------------------
-def answer_hidden(model, rows, answers, learned):
-    """The last hidden states that predict the answers' tokens. rows: lists of ids with slots; learned (n, d) -> (sum of T, d).
+def answer_hidden(model, rows, answers, learned, cache=None):
+    """The last hidden states that predict the answers' tokens. rows: lists of ids with slots; learned (n, d); cache: of a beginning that rows go on from -> (sum of T, d).
 
     Padded on the right: attention looks back only, so no token of a row sees a pad; no mask is needed, and positions are right as they come.
     """
     full = [row + answer[:-1] for row, answer in zip(rows, answers)]
     width = max(map(len, full))
     ids = torch.tensor([r + [0] * (width - len(r)) for r in full], device=model.device)             # (B, w)
-    hidden = model.get_decoder()(inputs_embeds=embed(model, ids, learned), use_cache=False).last_hidden_state                # (B, w, d)
+    hidden = model.get_decoder()(inputs_embeds=embed(model, ids, learned), past_key_values=cache, use_cache=cache is not None).last_hidden_state          # (B, w, d)
     return torch.cat([h[len(r) - 1:len(r) - 1 + len(a)] for h, r, a in zip(hidden, rows, answers)])
 # --- end shared ----------------------------------------------------------
 
@@ -609,11 +609,16 @@ def answer_hidden(model, rows, answers, learned):
 @torch.no_grad()
 def evaluate(model, rows, answers, hidden, learned):
     """Against the teacher, at tau 1 -> (Q, 3): for each query the sum over its answer tokens of KL in nats, the tokens with the same top-1, the tokens."""
-    weight, scores = model.get_output_embeddings().weight, []
-    batch = max(1, min(16, 4000 // max(map(len, rows))))
+    weight, scores, longest = model.get_output_embeddings().weight, [], max(map(len, rows))
+    n = min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)                               # what all rows begin with, the full prompt for one, runs once
+    begun = torch.tensor([rows[0][:n]], device=model.device)                                        # (1, n)
+    prefix = model.get_decoder()(inputs_embeds=embed(model, begun, learned), use_cache=True).past_key_values if n else None
+    batch = max(1, min(16, 4000 // (longest - n), 16000 // longest))
     for i in range(0, len(rows), batch):
-        part = answers[i:i + batch]
-        h = answer_hidden(model, rows[i:i + batch], part, learned)                                  # (sum T, d)
+        part, cache = answers[i:i + batch], copy.deepcopy(prefix)
+        if n:
+            cache.batch_repeat_interleave(len(part))
+        h = answer_hidden(model, [row[n:] for row in rows[i:i + batch]], part, learned, cache)      # (sum T, d)
         for s, t in zip(h.split([len(a) for a in part]), hidden[i:i + batch]):
             logp, logq = (torch.log_softmax((x.to(weight) @ weight.T).float(), -1) for x in (s, t)) # (T, V)
             scores.append([(logq.exp() * (logq - logp)).sum().item(), (logp.argmax(-1) == logq.argmax(-1)).sum().item(), len(s)])

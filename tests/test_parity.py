@@ -159,15 +159,23 @@ def test_the_teacher_against_itself_has_no_divergence(loaded, scripts, rows, ans
     assert abs(kl / tokens) < 1e-5
 
 
-def test_evaluate_is_the_plain_kl(smol, scripts):
-    model, tokenizer = smol
-    weight, answer = model.get_output_embeddings().weight, [9, 8, 7]
+@pytest.mark.parametrize("begin", [[], [30], [30, -1, 31], [*range(30, 90)] * 8 + [-1]])
+def test_evaluate_is_the_plain_kl(loaded, scripts, begin):
+    """The rows' common beginning, [BE] in it or not, runs once for a batch of them: as if each ran by itself."""
+    name, model, tokenizer = loaded
+    weight, learned = model.get_output_embeddings().weight, torch.randn(1, 64, generator=torch.Generator().manual_seed(0)) * 0.1
+    rows = [begin + [20, 7], begin + [21], *([begin + [22, i] for i in range(20)])]
+    answers, teachers = [[9, 8, 7], [4], *([[i, 5] for i in range(20)])], []
+    scores = []
     with torch.no_grad():
-        p, q = (F.log_softmax(plain_hidden(model, row + answer)[len(row) - 1:-1] @ weight.T, -1) for row in ([5, 6, 7], [20, 7]))
-        teacher = plain_hidden(model, [5, 6, 7] + answer)[2:-1]
-    scores = scripts.kd.evaluate(model, [[20, 7]], [answer], [teacher], torch.zeros(1, 64))[0].tolist()
-    assert scores[0] == pytest.approx(F.kl_div(q, p, log_target=True, reduction="sum").item(), rel=1e-4) and scores[0] > 0.01
-    assert scores[1:] == [(p.argmax(-1) == q.argmax(-1)).sum().item(), 3]
+        for row, answer in zip(rows, answers):
+            teacher = plain_hidden(model, [5, 6, 7] + answer)[2:-1]
+            p, q = F.log_softmax(teacher @ weight.T, -1), F.log_softmax(plain_hidden(model, row + answer, learned, scripts.kd.embed)[len(row) - 1:-1] @ weight.T, -1)
+            teachers.append(teacher)
+            scores.append([F.kl_div(q, p, log_target=True, reduction="sum").item(), (p.argmax(-1) == q.argmax(-1)).sum().item(), len(answer)])
+    found = scripts.kd.evaluate(model, rows, answers, teachers, learned)
+    torch.testing.assert_close(found[:, 0], torch.tensor(scores)[:, 0], atol=1e-5, rtol=1e-4)
+    assert found[:, 0].min() > 0.001 and found[:, 1:].tolist() == [s[1:] for s in scores]
 
 
 def test_infer_answers_as_plain_greedy_does(loaded, scripts, rows, greedy):

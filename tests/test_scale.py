@@ -259,7 +259,7 @@ def test_processes_share_the_passes_of_stage_0_evenly(scripts, work, command, mo
 def test_a_step_in_small_passes_is_the_same_step(scripts, checkpoints, prepared, work, command, monkeypatch):
     """--micro-batch 1, 2 and 16; the number of passes is counted, so that the option is not idle."""
     passes, answer_hidden = [], scripts.kd.answer_hidden
-    monkeypatch.setattr(scripts.kd, "answer_hidden", lambda model, rows, answers, learned: (passes.append(len(rows)) if learned.requires_grad else None, answer_hidden(model, rows, answers, learned))[1])
+    monkeypatch.setattr(scripts.kd, "answer_hidden", lambda model, rows, answers, learned, cache=None: (passes.append(len(rows)) if learned.requires_grad else None, answer_hidden(model, rows, answers, learned, cache))[1])
     for size in (1, 2, 16):
         passes.clear()
         r = command(scripts.kd, "--model", checkpoints["smol"], *TINY, *KD, *start("with L_recon", prepared), "--prompt", "a.txt", "--batch", 8, "--micro-batch", size, "--out", f"{size}/a.pt")
