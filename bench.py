@@ -64,6 +64,7 @@ def settings():
     add("--teacher-queries", default=64, type=number(int, 2),      help="of item 4: queries that share one encoded prompt")
     add("--steps",         default=300,  type=number(int, 1),      help="of item 1: stage 2's --steps, which set its schedule; it is stopped at --target")
     add("--target",        default=0.5,  type=number(float, 0, 1), help="of item 1: the held-out gap to close")
+    add("--tau",           default=2.0,  type=number(float, 0.01), help="of item 1: the temperature of both recipes' loss")
     add("--naive-lr",      default=[0.01, 0.03, 0.1], nargs="+", type=number(float, 0), help="of item 1: learning rates to try; the first to reach --target counts, or the best after --naive-tune steps goes on")
     add("--naive-tune",    default=40,   type=number(int, 1),      help="of item 1: see --naive-lr; the steps of the best rate count as its own")
     add("--naive-minutes", default=22.0, type=number(float, 0),    help="of item 1: the naive recipe stops here if it has not reached --target")
@@ -403,7 +404,7 @@ def full_loss(z, z_teacher, tau):
     return tau ** 2 * (logq.exp() * (logq - logp)).sum(-1)
 
 
-def naive(model, full, rows, stop, limit, start, lr, seed, tau=2.0):
+def naive(model, full, rows, stop, limit, start, lr, seed, tau):
     """The naive recipe. At each visit one query: the teacher answers it again with the whole prompt, the student reads the answer, logits of every position are made.
 
     full, rows: what teacher and student read before the answer; start (1, d). The vector is bf16. Yields it after each step.
@@ -561,7 +562,7 @@ def time_to_quality(c):
     args, every, ours, out = c.args, 5 if c.args.quick else 20, [], c.folder / "be.pt"
     (c.folder / "p.json").write_text(json.dumps({"messages": read_prompt(args.prompt)}))             # alone: no test questions, they are no part of training
     running = saves([HERE / "stage2_kd.py", "--prompt", c.folder / "p.json", "--queries", c.questions, "--out", out, "--init", "random", "--lam", 1, "--held-out", 0.15,
-                     "--answer-tokens", args.answer_tokens, "--eval-every", every, "--steps", args.steps, *c.common], out)
+                     "--answer-tokens", args.answer_tokens, "--tau", args.tau, "--eval-every", every, "--steps", args.steps, *c.common], out)
     for seconds in running:
         a = torch.load(out, weights_only=True)
         if not ours or a["step"] > ours[-1][1]:                                                      # the last save, after the table of controls, adds no step
@@ -583,7 +584,7 @@ def time_to_quality(c):
         return total / tokens
 
     none, start = kl(empty, a["vector"]), noise(c.model, args.seed)
-    runs = {lr: naive(c.model, full[n:], be_rows[n:], c.stop.tolist(), args.answer_tokens, start, lr, args.seed) for lr in args.naive_lr}
+    runs = {lr: naive(c.model, full[n:], be_rows[n:], c.stop.tolist(), args.answer_tokens, start, lr, args.seed, args.tau) for lr in args.naive_lr}
     curves = {lr: [(0.0, 0, 0.0)] for lr in runs}
 
     def go_on(lr):
@@ -742,7 +743,7 @@ def processes(c):
 
 # item: function, name, the settings that its figures depend on
 ITEMS = {
-    1: (time_to_quality, "time to quality", ["prompt", "answer_tokens", "steps", "target", "naive_lr", "naive_tune", "naive_minutes"]),
+    1: (time_to_quality, "time to quality", ["prompt", "answer_tokens", "steps", "target", "tau", "naive_lr", "naive_tune", "naive_minutes"]),
     2: (step_throughput, "step throughput", ["prompt", "repeats", "batch", "micro_batch", "answer_tokens"]),
     3: (memory, "peak memory", ["prompt", "repeats", "batch", "micro_batch"]),
     4: (teacher_pass, "teacher pass", ["prompt", "prompts", "repeats", "answer_tokens", "teacher_queries"]),

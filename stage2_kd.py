@@ -84,7 +84,15 @@ def settings():
     add("--checkpointing", action="store_true",           help="keep no activations for the backward pass, compute them again: for L_recon of prompts of thousands of tokens")
     add("--trust-remote-code", action="store_true", help="run the model code that a hub repository ships; off: none but that of transformers")
     p.error = lambda message: fail(f"{message}; see --help")
-    return p.parse_args()
+    args = p.parse_args()
+    args.prompt = [x for x in args.prompt if not x.endswith((".queries.txt", ".test.txt"))] or args.prompt       # a glob takes in the questions beside the prompts
+    if any(x and len(x) != len(args.prompt) for x in (args.be, args.out)):
+        fail(f"--be, --out: expected one for each of the {len(args.prompt)} prompts, found {len(args.be)} and {len(args.out)}")
+    if not args.out and len({Path(x).stem for x in args.prompt}) < len(args.prompt):
+        fail(f"--prompt: expected a name of its own for each prompt, found {' '.join(args.prompt)}; give --out, a file for each")
+    if args.answers == "gold" and args.turns > 1:
+        fail("--answers gold: the answers of later turns are the teacher's; give --turns 1")
+    return args
 
 
 # --- shared: fail --------------------------------------------------------
@@ -626,30 +634,67 @@ def evaluate(model, rows, answers, hidden, learned):
 # --- end shared ----------------------------------------------------------
 
 
-def compare(scores, inputs):
-    """scores: name -> (Q, 3) of `evaluate`; inputs: name -> the rows that were fed -> name -> KL, top-1, gap closed and its bootstrap interval over queries, tokens fed, n, and
-    the KL of each query summed over its answer, for paired comparisons of two runs."""
-    none = scores["no prompt (empty slot)"]
-    draws = torch.randint(len(none), (1000, len(none)), generator=torch.Generator().manual_seed(0))
-    table = {}
-    for name, x in scores.items():
-        gap = 1 - x[draws, 0].sum(1) / none[draws, 0].sum(1)
-        table[name] = {"kl": (x[:, 0].sum() / x[:, 2].sum()).item(), "top1": (x[:, 1].sum() / x[:, 2].sum()).item(), "gap_closed": 1 - (x[:, 0].sum() / none[:, 0].sum()).item(),
-                       "gap_closed_95": gap.quantile(torch.tensor([0.025, 0.975])).tolist(), "tokens": sum(map(len, inputs[name])) / len(x), "n": len(x), "answer_tokens": int(x[:, 2].sum()),
-                       "kl_by_query": x[:, 0].tolist()}
-    return table
+def measure(model, t, part, rows, learned):
+    """`evaluate` over the examples `part`, with rows[i] fed for example i -> (len(part), 3)."""
+    training = model.training
+    model.eval()                                            # --checkpointing: a layer in training keeps no cache, and evaluate would lose what all rows begin with
+    scores = evaluate(model, [rows[i] for i in part], [t.answers[i] for i in part], [t.teacher_hidden[i] for i in part], learned.to(model.device))
+    model.train(training)
+    return scores
 
 
-def read_inputs(args, n):
+def controls(t, model, tokenizer, best, other):
+    """What can stand in the prompt's place, for each turn of a chat -> [name -> KL, top-1, gap closed and its bootstrap interval over queries, tokens fed, n, and the KL of each
+    query summed over its answer, for paired comparisons of two runs]. best, other (slots, d): the trained vectors of all prompts, and random ones."""
+    nothing, plural = torch.zeros_like(best[:1]), "s" * (t.k > 1)
+    block = chat_ids(tokenizer, [{"role": "system", "content": []}], generate=False)
+    own = block and t.none[0][:len(block)] == block                                                  # Llama 2 writes the system message into the first user turn
+    fed = {                                                                                          # name: the rows, and the vectors of their slots
+        "full prompt": (t.full, nothing),
+        f"[BE], {t.k} vector{plural}": (t.rows, best),
+        "no prompt (empty slot)": (t.none, nothing),
+        "no system block at all": ([layout_ids(tokenizer, "block", [], c) for c in t.turns] if own else t.none, nothing),
+        "default system prompt": ([chat_ids(tokenizer, c) for c in t.turns], nothing),
+        f"random vector{plural}": (t.rows, other),
+        f"prompt cut to {t.k} token{plural}": ([layout_ids(tokenizer, t.layout, t.s[:t.k], c) for c in t.turns], nothing),
+    }
+    tables = []
+    for part in t.test:
+        scores = {name: measure(model, t, part, *x) for name, x in fed.items()}
+        none = scores["no prompt (empty slot)"]
+        draws = torch.randint(len(none), (1000, len(none)), generator=torch.Generator().manual_seed(0))
+        tables.append({name: {
+            "kl": (x[:, 0].sum() / x[:, 2].sum()).item(), "top1": (x[:, 1].sum() / x[:, 2].sum()).item(), "gap_closed": 1 - (x[:, 0].sum() / none[:, 0].sum()).item(),
+            "gap_closed_95": (1 - x[draws, 0].sum(1) / none[draws, 0].sum(1)).quantile(torch.tensor([0.025, 0.975])).tolist(),
+            "tokens": sum(len(fed[name][0][i]) for i in part) / len(x), "n": len(x), "answer_tokens": int(x[:, 2].sum()), "kl_by_query": x[:, 0].tolist()} for name, x in scores.items()})
+    return tables
+
+
+def report(args, t, tables, skipped):
+    """Prints the tables of one prompt; of a run that trained, its curve and what comes next, too."""
+    for turn, table in enumerate(tables, 1):
+        n, tokens = (table["full prompt"][key] for key in ("n", "answer_tokens"))
+        print(f"\n{t.path}" * (len(args.prompt) > 1) + f"\n{n} {'test' if t.test_queries else 'held-out'} queries, {tokens} answer tokens" + f", turn {turn} of the chat" * (args.turns > 1)
+              + "; 95% interval over queries\n")
+        print(f"{'':24s}{'KL':>8s}{'top-1':>8s}{'gap closed':>12s}{'95%':>18s}{'tokens fed':>12s}")
+        for name, row in table.items():
+            print("{:24s}{kl:8.4f}{top1:8.1%}{gap_closed:12.3f}{:>18s}{tokens:12.0f}".format(name, "{:.3f} to {:.3f}".format(*row["gap_closed_95"]), **row))
+    if args.steps > 0:
+        plot(Path(t.out).with_suffix(".kd.png"), t.history, f"stage 2: {Path(t.path).name}")
+        print(f"\nwrote {t.out}: {t.start.numel()} trained numbers, the best on held-out queries, of step {t.best['step']}; {skipped} steps skipped")
+        print(f'next: python infer.py --be {t.out} --query "{(t.test_queries or t.queries)[0]}" --compare')
+
+
+def read_inputs(args, n, rank):
     """The files of prompt number n of the run, before the model is loaded: a mistake in them costs no wait -> a namespace that grows to all that belongs to this [BE]."""
     path, several = args.prompt[n], len(args.prompt) > 1
-    t = SimpleNamespace(path=path, messages=read_prompt(path), out=args.out[n] if args.out else f"out/{Path(path).stem}.be.pt" if several else "out/be.pt")
-    t.lock = claim(t.out) if os.environ.get("RANK", "0") == "0" else None                            # held until the end of the run
+    t = SimpleNamespace(path=path, messages=read_prompt(path), ae=None, out=args.out[n] if args.out else f"out/{Path(path).stem}.be.pt" if several else "out/be.pt")
+    t.lock = claim(t.out) if rank == 0 else None                                                     # held until the end of the run
     t.be_path, beside = args.be[n] if args.be else t.out, str(Path(path).with_suffix(""))
     t.source = args.queries or (f"{beside}.queries.txt" if Path(f"{beside}.queries.txt").exists() else "self")
     t.gold = read_queries(t.source) if t.source != "self" else {}
     test = args.test_queries or (f"{beside}.test.txt" if Path(f"{beside}.test.txt").exists() else "")
-    t.test_queries = [q for q in read_queries(test) if q not in t.gold] if test else []
+    t.test_queries = list(read_queries(test)) if test else []
     if args.answers == "gold" and not (t.gold and all(t.gold.values())):
         fail(f"--answers gold: expected an \"answer\" in each row of {t.source}; give --queries a .jsonl file that has them")
     if t.source != "self":
@@ -658,12 +703,44 @@ def read_inputs(args, n):
 
 
 def split_queries(args, t):
-    """The queries in their random order; the first t.n_held of them are held out."""
-    t.queries = list(t.gold)
+    """The queries in their random order; the first t.n_held of them are held out. A question that is among the test queries, too, is no test."""
+    t.queries, t.test_queries = list(t.gold), [q for q in t.test_queries if q not in t.gold]
     random.Random(args.seed).shuffle(t.queries)
     t.n_held = min(32, max(1, round(len(t.queries) * args.held_out)))
     if len(t.queries) - t.n_held < args.batch:
         fail(f"queries: expected at least --batch = {args.batch} to train on after {t.n_held} held out, found {len(t.queries)} in all ({t.source}); give more, or a smaller --batch")
+
+
+def read_start(args, t, model_print, d):
+    """Stage 1's vector and its layout, from --be."""
+    maker = f"python stage1_recon.py --prompt {t.path} --model {args.model} --out {t.be_path}"
+    saved = load_artifact(t.be_path, "be", model_print, d, maker)
+    if saved["prompt"]["messages"] != t.messages:
+        fail(f"{t.be_path}: its vector was made for another prompt than {t.path}; make one with: {maker}")
+    again = saved["stage"] == "kd" and Path(t.be_path) == Path(t.out) and args.steps > 0             # a second run over its own output starts where the first one did
+    t.layout, t.start, t.ae = saved["layout"], saved["start" if again else "vector"], saved.get("ae")
+    if args.k not in (0, len(t.start)) or args.layout not in ("", t.layout):
+        fail(f"--k, --layout: {t.be_path} has k = {len(t.start)}, layout {t.layout}; another k or layout needs a new stage 1, or --init random")
+
+
+def read_run(args, tasks, model_print, d):
+    """--resume -> the state of the whole run, out of the first prompt's artifact; each prompt gets its layout, start, history and best back. Exits with one line if it is not whole."""
+    path = tasks[0].out
+    saved = load_artifact(path, "be", model_print, d, f"python stage2_kd.py --prompt {' '.join(args.prompt)}, without --resume")
+    try:
+        run = saved["run"]
+        for n, t in enumerate(tasks):
+            t.layout, t.start, t.history, t.best = (run[key][n] for key in ("layouts", "starts", "histories", "bests"))
+        whole = run["step"] >= 0 and {"inputs", "skipped", "tables"} <= set(run) and run["last"].shape == (sum(len(t.start) for t in tasks), d) and run["last"].isfinite().all() and all(
+            isinstance(t.history, list) and t.best["vector"].shape == t.start.shape == (len(t.start), d) for t in tasks)
+        if run["optimizer"] is not None:                                                             # a finished run has none
+            torch.optim.AdamW([torch.nn.Parameter(run["last"])]).load_state_dict(run["optimizer"])
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        whole = False
+    if not whole:
+        fail(f"--resume: {path} holds no run of stage 2 to go on with; run without --resume")
+    check_resume(path, saved, vars(args))
+    return run
 
 
 def make_examples(args, t, model, tokenizer, model_print, stop, rank):
@@ -676,7 +753,6 @@ def make_examples(args, t, model, tokenizer, model_print, stop, rank):
             print("queries: the model itself asked " + "\n   ".join(["", *asked[:5]]))
         barrier()
         t.gold = read_queries(t.source)
-        t.test_queries = [q for q in t.test_queries if q not in t.gold]
         split_queries(args, t)
     n, room = len(t.queries) + len(t.test_queries), model.config.max_position_embeddings - args.answer_tokens
     chats, t.turns, t.full, t.answers, t.teacher_hidden = [[{"role": "user", "content": q}] for q in t.queries + t.test_queries], [], [], [], []
@@ -691,30 +767,35 @@ def make_examples(args, t, model, tokenizer, model_print, stop, rank):
         t.turns, t.full, t.answers, t.teacher_hidden = t.turns + chats, t.full + full, t.answers + answers, t.teacher_hidden + hidden
     t.rows = [layout_ids(tokenizer, t.layout, t.slot, c) for c in t.turns]
     t.none = [layout_ids(tokenizer, t.layout, [], c) for c in t.turns]                               # no prompt: the same words around an empty slot
-    block = chat_ids(tokenizer, [{"role": "system", "content": []}], generate=False)
-    own = block and t.none[0][:len(block)] == block                                                  # Llama 2 writes the system message into the first user turn
-    t.bare = [layout_ids(tokenizer, "block", [], c) for c in t.turns] if own else t.none             # no system block at all
     t.held, t.train = ([turn * n + i for turn in range(args.turns) for i in part] for part in (range(t.n_held), range(t.n_held, len(t.queries))))
     t.test = [[turn * n + i for i in (range(len(t.queries), n) if t.test_queries else range(t.n_held))] for turn in range(args.turns)]
     end = tokenizer.eos_token_id if tokenizer.eos_token_id in stop else stop[0].item()               # of a turn: Llama 3 names several
     for i in t.train if args.answers == "gold" else []:                                              # held-out and test queries keep the teacher's own answers: they are the measure
         t.answers[i] = (text_ids(tokenizer, t.gold[t.queries[i]]) + [end])[:args.answer_tokens]          # cut as the teacher's are: only a whole one ends with the stop token
-        with torch.no_grad():
+        if not args.hard:                                                                                # which needs no states
             t.teacher_hidden[i] = answer_hidden(model, [t.full[i]], [t.answers[i]], torch.zeros(1, model.config.hidden_size, device=model.device)).to("cpu", torch.bfloat16)
+
+
+def soft(t, i, weight, tau):
+    """The target of L_KD for example i, made at its first visit and kept on disk: from then on a step has two products with the head instead of three."""
+    try:
+        t.file = t.file or tempfile.TemporaryFile(dir=Path(t.out).parent)                            # without a name: it goes with the run, however that ends
+        if i not in t.soft:
+            rows, entropy = soft_target(weight, t.teacher_hidden[i].to(weight), tau)
+            t.soft[i] = t.file.seek(0, 2), entropy.cpu()
+            t.file.write(rows.cpu().view(torch.uint8).numpy().tobytes())
+        at, entropy = t.soft[i]
+        t.file.seek(at)
+        return torch.frombuffer(bytearray(t.file.read(len(entropy) * weight.shape[1] * weight.itemsize)), dtype=weight.dtype).view(-1, weight.shape[1]), entropy
+    except OSError as e:
+        fail(f"{t.out}: the targets beside it could not be written ({e.strerror}); make room and run again, with --resume if the run has saved")
 
 
 def main():
     args = settings()
     on_stop(lambda number: sys.exit(128 + number))
-    args.prompt = [p for p in args.prompt if len(args.prompt) == 1 or not p.endswith((".queries.txt", ".test.txt"))]       # a glob takes in the questions beside the prompts
-    if any(x and len(x) != len(args.prompt) for x in (args.be, args.out)):
-        fail(f"--be, --out: expected one for each of the {len(args.prompt)} prompts, found {len(args.be)} and {len(args.out)}")
-    if not args.out and len({Path(p).stem for p in args.prompt}) < len(args.prompt):
-        fail(f"--prompt: expected a name of its own for each prompt, found {' '.join(args.prompt)}; give --out, a file for each")
-    if args.answers == "gold" and args.turns > 1:
-        fail("--answers gold: the answers of later turns are the teacher's; give --turns 1")
-    tasks = [read_inputs(args, n) for n in range(len(args.prompt))]
     rank, world = ranks()
+    tasks = [read_inputs(args, n, rank) for n in range(len(args.prompt))]
     if args.device_map and world > 1:
         fail("--device-map: spreads one process over all GPUs; run it without torchrun")
     device, dtype, attention = pick_device(args.device, args.dtype)
@@ -725,39 +806,21 @@ def main():
     stop = torch.tensor(ends if isinstance(ends, list) else [ends if ends is not None else tokenizer.eos_token_id])
     table = model.get_input_embeddings().weight.detach().float().cpu()                              # (V, d)
     args.lr = float(f"{0.9 * table.std():.2g}") if args.lr is None else args.lr                     # tables differ in scale, and [BE] lives among their rows (results/LOG.md)
+    mean, std = table.mean(0), table.std(0)                                                         # (d,)
+    del table
 
     def noise(k, seed):
-        return table.mean(0) + table.std(0) * torch.randn(k, d, generator=torch.Generator().manual_seed(seed))      # (k, d), at the table's scale
+        return mean + std * torch.randn(k, d, generator=torch.Generator().manual_seed(seed))      # (k, d), at the table's scale
 
     # the start: stage 1's vector, or noise. With --resume the first prompt's artifact holds the state of the whole run
-    run = None
-    if args.resume:
-        saved = load_artifact(tasks[0].out, "be", before, d, f"python stage2_kd.py --prompt {' '.join(args.prompt)}") if Path(tasks[0].out).exists() else {}
-        try:
-            run = saved["run"]
-            for n, t in enumerate(tasks):
-                t.layout, t.start, t.history, t.best = (run[key][n] for key in ("layouts", "starts", "histories", "bests"))
-            whole = run["step"] >= 0 and run["last"].shape == (sum(len(t.start) for t in tasks), d) and bool(run["last"].isfinite().all()) and all(
-                isinstance(t.history, list) and t.best["vector"].shape == t.start.shape == (len(t.start), d) for t in tasks)
-        except (KeyError, IndexError, TypeError, AttributeError):
-            whole = False
-        if not whole:
-            fail(f"--resume: {tasks[0].out} holds no run of stage 2 to go on with; run without --resume")
-        check_resume(tasks[0].out, saved, vars(args))
-    slots = 0
+    run, slots = read_run(args, tasks, before, d) if args.resume else None, 0
     for t in tasks:
-        maker = f"python stage1_recon.py --prompt {t.path} --model {args.model} --out {t.be_path}"
         if args.init == "be" and not run:
-            saved = load_artifact(t.be_path, "be", before, d, maker)
-            if saved["prompt"]["messages"] != t.messages:
-                fail(f"{t.be_path}: its vector was made for another prompt than {t.path}; make one with: {maker}")
-            again = saved["stage"] == "kd" and t.be_path == t.out and args.steps > 0                 # a second run over its own output starts where the first one did
-            t.layout, t.start, t.ae = saved["layout"], saved["start" if again else "vector"], saved.get("ae")
-            if args.k not in (0, len(t.start)) or args.layout not in ("", t.layout):
-                fail(f"--k, --layout: {t.be_path} has k = {len(t.start)}, layout {t.layout}; another k or layout needs a new stage 1, or --init random")
+            read_start(args, t, before, d)
         elif not run:
             t.layout, t.start = args.layout or "chat", noise(args.k or 1, args.seed)
-        t.k, t.slot = len(t.start), [-1 - i for i in range(slots, slots + len(t.start))]             # this prompt's rows of the one trained tensor
+        t.k, t.slot = len(t.start), [-1 - i for i in range(slots, slots + len(t.start))]
+        t.own = slice(slots, slots + t.k)                                                            # this prompt's rows of the one trained tensor
         slots += t.k
         t.s = prompt_ids(tokenizer, t.messages, t.layout, model.config.max_position_embeddings)
     if device.type == "cpu" and max(len(t.s) for t in tasks) > 1024:
@@ -765,7 +828,7 @@ def main():
 
     # the data
     ae = find_ae("none" if args.lam == 1 else args.ae, before, d, args.model).to(device)            # (1, d) fp32, not trained; (0, d) without
-    if args.lam < 1 and any(getattr(t, "ae", None) is not None and not torch.equal(t.ae, ae.cpu()) for t in tasks):
+    if args.lam < 1 and any(t.ae is not None and not torch.equal(t.ae, ae.cpu()) for t in tasks):
         fail("--ae: stage 1 used another [AE]; name the same one for both stages")
     for t in tasks:
         make_examples(args, t, model, tokenizer, before, stop, rank)
@@ -774,46 +837,28 @@ def main():
         opening = t.rows[0][:t.rows[0].index(t.slot[0])] + t.slot + [-1 - slots] * len(ae)           # L_recon as in stage 1: ... [BE] [AE] s_1 ... s_m
         t.recon_ids = torch.tensor([opening + t.s[:-1]], device=device)                             # (1, s + k + m)
 
-    def measure(t, part, rows, learned):
-        return evaluate(model, [rows[i] for i in part], [t.answers[i] for i in part], [t.teacher_hidden[i] for i in part], learned.to(device))
-
-    def soft(t, i):
-        """Query i's target of L_KD, made at its first visit and kept on disk: from then on a step has two products with the head instead of three."""
-        try:
-            if i not in t.soft:
-                rows, entropy = soft_target(weight, t.teacher_hidden[i].to(weight), args.tau)
-                t.soft[i] = t.file.seek(0, 2), entropy.cpu()
-                t.file.write(rows.cpu().view(torch.uint8).numpy().tobytes())
-            at, entropy = t.soft[i]
-            t.file.seek(at)
-            return torch.frombuffer(bytearray(t.file.read(len(entropy) * d * weight.itemsize)), dtype=weight.dtype).view(-1, d), entropy
-        except OSError as e:
-            fail(f"{t.out}: the targets beside it could not be written ({e.strerror}); make room and run again, with --resume if the run has saved")
-
     # the one trained tensor: the vectors of all prompts. AdamW works number by number, so each of them learns as it would alone
     be = torch.nn.Parameter(torch.cat([t.start for t in tasks]).to(device))                         # (slots, d) fp32
     optimizer = torch.optim.AdamW([be], betas=(0.9, 0.95), weight_decay=0)
-    inputs = hashlib.sha256(json.dumps([[t.rows, t.answers] for t in tasks] + ae.tolist()).encode()).hexdigest()      # what a resumed run must find again
     first, skipped, tables = 0, 0, None
+
+    def held_out_kl(t, rows):
+        """In nats a token: what the best vector is chosen by."""
+        kl, _, tokens = measure(model, t, t.held, rows, be.detach()).sum(0).tolist()
+        return kl / tokens
+
     for t in tasks:
+        t.soft, t.file, t.none_kl = {}, None, held_out_kl(t, t.none)
         if not run:
-            kl, _, tokens = measure(t, t.held, t.rows, be.detach()).sum(0).tolist()
-            t.history, t.best = [], {"kl": kl / tokens, "step": 0, "vector": t.start}
-        t.base, t.soft = measure(t, t.held, t.none, torch.zeros(1, d)).sum(0), {}
-        try:
-            t.file = tempfile.TemporaryFile(dir=Path(t.out).parent)                                  # without a name: it goes with the run, however that ends
-        except OSError as e:
-            fail(f"{t.out}: no file can be made beside it ({e.strerror})")
+            t.history, t.best = [], {"kl": held_out_kl(t, t.rows), "step": 0, "vector": t.start}
+    inputs = hashlib.sha256(json.dumps([[t.messages, t.rows, t.answers] for t in tasks] + ae.tolist()).encode()).hexdigest()       # what a resumed run must find again
     if run:
         if run["inputs"] != inputs:
-            fail(f"--resume: the queries, the [AE] or the template have changed since {tasks[0].out} began; put them back, or run without --resume to start anew")
+            fail(f"--resume: the prompt, the queries, the [AE] or the template have changed since {tasks[0].out} began; put them back, or run without --resume to start anew")
         be.data.copy_(run["last"])
-        try:
-            first, skipped, tables = run["step"], run["skipped"], run["tables"]
-            if run["optimizer"] is not None:                                                         # a finished run has none
-                optimizer.load_state_dict(run["optimizer"])
-        except (KeyError, TypeError, ValueError, AttributeError):
-            fail(f"--resume: {tasks[0].out} holds no run of stage 2 to go on with; run without --resume")
+        first, skipped, tables = run["step"], run["skipped"], run["tables"]
+        if run["optimizer"]:                                                                         # a finished run has none
+            optimizer.load_state_dict(run["optimizer"])
 
     def save(step, tables=None):
         """An artifact for each prompt; the first one also holds the state of the run, for --resume."""
@@ -821,12 +866,12 @@ def main():
         state = {"inputs": inputs, "step": step, "skipped": skipped, "last": last, "optimizer": None if tables else optimizer.state_dict(), "tables": tables, "layouts": [t.layout for t in tasks],
                  "starts": [t.start for t in tasks], "bests": [t.best for t in tasks], "histories": [t.history for t in tasks]}
         for n, t in enumerate(tasks):
-            metrics = {"held_out_kl": t.best["kl"], "held_out_gap_closed": 1 - t.best["kl"] * t.base[2].item() / t.base[0].item(), "n": len(t.held)}
+            metrics = {"held_out_kl": t.best["kl"], "held_out_gap_closed": 1 - t.best["kl"] / t.none_kl, "n": len(t.held)}
             save_artifact(t.out, {
                 "kind": "be", "stage": "kd", "vector": t.best["vector"], "layout": t.layout, "step": step, "skipped": skipped, "config": vars(args),
                 "prompt": {"sha256": hashlib.sha256(json.dumps(t.messages).encode()).hexdigest(), "messages": t.messages, "tokens": len(t.s), "path": t.path},
                 "model": {"name": args.model, "revision": getattr(model.config, "_commit_hash", None), "fingerprint": before, "d": d},
-                "metrics": metrics | ({"controls": tables[n][0], "turns": tables[n]} if tables else {}), "history": t.history, "best": t.best, "last": last[-1 - t.slot[0]:-t.slot[-1]], "start": t.start,
+                "metrics": metrics | ({"controls": tables[n][0], "turns": tables[n]} if tables else {}), "history": t.history, "best": t.best, "last": last[t.own], "start": t.start,
                 "versions": {"nanobe": VERSION, "torch": str(torch.__version__), "transformers": transformers.__version__}} | ({"run": state} if n == 0 else {}))
 
     if args.checkpointing:
@@ -854,15 +899,14 @@ def main():
         for j in range(rank, len(batch), world * args.micro_batch):
             micro = batch[j:j + world * args.micro_batch:world]
             answers = [t.answers[i] for t, i in micro]
-            with autocast:
-                hidden = answer_hidden(model, [t.rows[i] for t, i in micro], answers, be)            # (sum T, d)
+            with autocast:                                                                           # all of stage 2: [BE], query and answer in; out, at each answer token, what prompt, query and answer give
+                hidden = answer_hidden(model, [t.rows[i] for t, i in micro], answers, be)            # (sum T, d), the student's
                 if args.hard:
                     losses = token_loss(hidden, weight, torch.tensor(sum(answers, []), device=device))
-                else:
-                    rows, entropies = zip(*[soft(t, i) for t, i in micro])
+                else:                                                                                # tau^2 KL(teacher || student): cross-entropy less the teacher's entropy
+                    rows, entropies = zip(*[soft(t, i, weight, args.tau) for t, i in micro])
                     losses = token_loss(hidden, weight, torch.cat(rows).to(device), args.tau) - torch.cat(entropies).to(device)
-            losses = losses.split([len(a) for a in answers])
-            shares = [loss.sum() / t.tokens for (t, _), loss in zip(micro, losses)]                  # each prompt's mean over its own tokens of the step
+            shares = [loss.sum() / t.tokens for (t, _), loss in zip(micro, losses.split([len(a) for a in answers]))]     # each prompt's mean over its own tokens of the step
             (args.lam * sum(shares)).backward()
             for (t, _), share in zip(micro, shares):
                 t.kd += share.item()
@@ -887,24 +931,22 @@ def main():
 
         due, halt = (step + 1) % args.eval_every == 0 or step + 1 == args.steps, sums[-1] > 0 or bad == 3
         for t in tasks if rank == 0 and due else []:
-            kl, _, tokens = measure(t, t.held, t.rows, be.detach()).sum(0).tolist()
-            t.history.append({"step": step, "held-out KL": kl / tokens})
-            if kl / tokens < t.best["kl"]:
-                t.best = {"kl": kl / tokens, "step": step + 1, "vector": be.detach()[-1 - t.slot[0]:-t.slot[-1]].cpu().clone()}
+            kl = held_out_kl(t, t.rows)
+            t.history.append({"step": step, "held-out KL": kl})
+            if kl < t.best["kl"]:
+                t.best = {"kl": kl, "step": step + 1, "vector": be.detach()[t.own].cpu().clone()}
         if rank == 0 and (due or halt):
             save(step + 1)
         if halt:
             bar.close()
             barrier()                                                                                # torchrun ends the others as soon as one process leaves: not before rank 0 has saved
-        if bad == 3:
-            fail(f"steps {step - 2} to {step}: the loss or its gradient was not finite three times in a row; the last good vector is in {tasks[0].out}; start anew with a --lr below {args.lr}", code=1)
-        if halt:
+            if bad == 3:
+                fail(f"steps {step - 2} to {step}: the loss or its gradient was not finite three times in a row; the last good vector is in {tasks[0].out}; start anew with a --lr below {args.lr}", code=1)
             print(f"stopped after step {step + 1}; go on with --resume")
             sys.exit(128 + (asked or [signal.SIGTERM])[0])
-        gaps = [1 - t.best["kl"] * t.base[2].item() / t.base[0].item() for t in tasks if t.best["step"]]
+        gaps = [1 - t.best["kl"] / t.none_kl for t in tasks if t.best["step"]]
         bar.set_postfix(L_KD=f"{sum(sums[:len(tasks)].tolist()) / len(tasks):.3f}", **({"held_out_gap_closed": f"{sum(gaps) / len(gaps):.3f}"} if gaps else {}))
     bar.close()
-    model.eval()
     on_stop(lambda number: sys.exit(128 + number))
     if asked:                                               # in the last step
         print("stopped after the last step; its report is made with --resume")
@@ -915,35 +957,12 @@ def main():
 
     # the table of controls, for each turn of a chat
     if tables is None:
-        best, other, nothing = torch.cat([t.best["vector"] for t in tasks]), noise(slots, args.seed + 1), torch.zeros(1, d)
-        tables = []
-        for t in tasks:
-            plural = "s" * (t.k > 1)
-            controls = {                                                                             # name: what is fed, and the vectors of its slots
-                "full prompt": (t.full, nothing),
-                f"[BE], {t.k} vector{plural}": (t.rows, best),
-                "no prompt (empty slot)": (t.none, nothing),
-                "no system block at all": (t.bare, nothing),
-                "default system prompt": ([chat_ids(tokenizer, c) for c in t.turns], nothing),
-                f"random vector{plural}": (t.rows, other),
-                f"prompt cut to {t.k} token{plural}": ([layout_ids(tokenizer, t.layout, t.s[:t.k], c) for c in t.turns], nothing),
-            }
-            tables.append([compare({name: measure(t, part, rows, learned) for name, (rows, learned) in controls.items()},
-                                   {name: [rows[i] for i in part] for name, (rows, _) in controls.items()}) for part in t.test])
+        best = torch.cat([t.best["vector"] for t in tasks])
+        tables = [controls(t, model, tokenizer, best, noise(slots, args.seed + 1)) for t in tasks]
         if args.steps > 0:
-            save(max(first, args.steps), tables)                                                     # the run is done
-    for t, turns in zip(tasks, tables):
-        for turn, found in enumerate(turns, 1):
-            n, tokens = (found["full prompt"][key] for key in ("n", "answer_tokens"))
-            print(f"\n{t.path}" * (len(tasks) > 1) + f"\n{n} {'test' if t.test_queries else 'held-out'} queries, {tokens} answer tokens" + f", turn {turn} of the chat" * (len(turns) > 1)
-                  + "; 95% interval over queries\n")
-            print(f"{'':24s}{'KL':>8s}{'top-1':>8s}{'gap closed':>12s}{'95%':>18s}{'tokens fed':>12s}")
-            for name, row in found.items():
-                print("{:24s}{kl:8.4f}{top1:8.1%}{gap_closed:12.3f}{:>18s}{tokens:12.0f}".format(name, "{:.3f} to {:.3f}".format(*row["gap_closed_95"]), **row))
-        if args.steps > 0:
-            plot(Path(t.out).with_suffix(".kd.png"), t.history, f"stage 2: {Path(t.path).name}")
-            print(f"\nwrote {t.out}: {t.k * d} trained numbers, the best on held-out queries, of step {t.best['step']}; {skipped} steps skipped")
-            print(f'next: python infer.py --be {t.out} --query "{(t.test_queries or t.queries)[0]}" --compare')
+            save(args.steps, tables)                                                                 # the run is done
+    for t, found in zip(tasks, tables):
+        report(args, t, found, skipped)
     print("every weight of the model is as it was")
 
 

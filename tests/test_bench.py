@@ -118,7 +118,7 @@ def test_the_naive_recipe_trains_a_bf16_vector_and_nothing_else(bench, smol):
     def kl(vector):
         total, _, tokens = bench.evaluate(model, rows, answers, hidden, vector).sum(0).tolist()
         return total / tokens
-    steps = bench.naive(model, full, rows, stop, 6, start, 0.1, 0)
+    steps = bench.naive(model, full, rows, stop, 6, start, 0.1, 0, 2.0)
     vector = [next(steps) for _ in range(20)][-1]
     assert torch.equal(vector, vector.bfloat16().float()) and kl(vector) < 0.9 * kl(start)
     assert not any(w.requires_grad or w.grad is not None for w in model.parameters())
