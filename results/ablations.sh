@@ -5,7 +5,7 @@
 #     ROWS="full kd memory-kd" SEEDS="0 1" results/ablations.sh      # some rows, two seeds
 #     STEPS=2 SEEDS=0 QUERIES=16 TESTS=4 OUT=out/smoke README=out/smoke/README.md results/ablations.sh        # does it run at all?
 #
-# A run that is finished is skipped and one that was killed goes on: start it again with the same settings. Another STEPS, QUERIES or STAGE2 wants another OUT. Needs data/rolellm/prepare.py and data/gsm8k/prepare.py.
+# A run that is finished is skipped and one that was killed goes on: start it again with the same settings. Another STEPS, QUERIES, TESTS, STAGE1 or STAGE2 wants another OUT. Needs data/rolellm/prepare.py and data/gsm8k/prepare.py.
 #
 #     row                        stage 1                 stage 2
 #     full                       recon with [AE]         lambda 0.9
@@ -49,6 +49,9 @@ for row in $ROWS; do
     case $row in full|kd|memory|recon|memory-kd|tuning-gold|tuning-teacher|kd-gold|k-[0-9]*|lam-[0-9]*|block|length|cut|summary|llmlingua) ;; *) fail "ROWS: there is no row $row; the rows are in the head of this file";; esac
 done
 mkdir -p "$OUT"
+chosen="STEPS=$STEPS QUERIES=$QUERIES TESTS=$TESTS STAGE1=\"$STAGE1\" STAGE2=\"$STAGE2\""
+if [ -e "$OUT/settings.txt" ] && [ "$(cat "$OUT/settings.txt")" != "$chosen" ]; then fail "OUT: the runs in $OUT have $(cat "$OUT/settings.txt"), now it is $chosen; give the same, or another OUT"; fi
+echo "$chosen" > "$OUT/settings.txt"
 FIRST=$((STEPS < 4 ? 1 : STEPS / 4))
 "$PYTHON" -c 'import re, sys
 open(sys.argv[1], "w").write(" ".join(re.split(r"(?<=[.!?])\s+", open("prompts/pirate.txt", encoding="utf-8").read())[:3]) + "\n")' "$OUT/pirate100.txt"          # 99 tokens

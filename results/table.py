@@ -97,39 +97,42 @@ def difference(runs, row, other, prompt=None):
     return interval(pairs) if pairs else None
 
 
-def verdict(x):
-    """What an interval of a difference says of a claim that it is positive."""
+def verdict(x, single=()):
+    """What the interval of a difference says of a claim that it is positive. single: the same of each prompt alone; where they contradict each other, the mean says nothing."""
+    if any(low > 0 for _, low, _ in single) and any(high < 0 for _, _, high in single):
+        return "cannot tell: the prompts disagree"
     return "cannot tell: not run" if not x else "holds here" if x[1] > 0 else "does not hold here" if x[2] < 0 else "cannot tell: the interval holds 0"
 
 
-def report(runs):
-    """The runs as Markdown."""
+def report(runs, chosen=""):
+    """The runs as Markdown. chosen: the settings that results/ablations.sh wrote down beside them."""
     prompts, seeds = [*dict.fromkeys(r["prompt"] for r in runs)], sorted({r["seed"] for r in runs})
     rows = sorted({r["row"] for r in runs}, key=lambda row: (row != "full", row))
     rebuilt = dict.fromkeys(re.sub(r"^(cut|summary|llmlingua)-\d+$", r"\1", row) for row in rows)
-    lines = ["# Ablations", "", f"Made by `ROWS=\"{' '.join(rebuilt)}\" SEEDS=\"{' '.join(map(str, seeds))}\" results/ablations.sh` and `python results/table.py`; what each row is stands at the head of",
+    lines = ["# Ablations", "", f"Made by `ROWS=\"{' '.join(rebuilt)}\" SEEDS=\"{' '.join(map(str, seeds))}\" {chosen}results/ablations.sh` and `python results/table.py`; what each row is stands at the head of",
              "results/ablations.sh. Steps: of stage 1 + of stage 2. KL in nats a token and top-1 are over the answers to the test queries. Gap closed, KL and top-1: means over the seeds; 95% intervals: over queries",
              f"and seeds{' (one seed: of what another seed would give they know nothing)' if len(seeds) == 1 else ''}. Against full: gap closed minus that of the full method, paired."]
     for p in prompts:
         of = [r for r in runs if r["prompt"] == p]
-        lines += ["", f"## {p}, {of[0]['tokens']} tokens", "", "| row | steps | k | gap closed (95%) | against full (95%) | KL | top-1 | n queries | seeds |", "|" + "---|" * 9]
+        run = min(of, key=lambda r: (r["row"] != "full", r["row"], r["seed"]))
+        lines += ["", f"## {p}, {run['tokens']} tokens", "", "| row | steps | k | gap closed (95%) | against full (95%) | KL | top-1 | n queries | seeds |", "|" + "---|" * 9]
         for row in rows:
             if part := [r for r in of if r["row"] == row]:
                 mean, low, high = interval([(by_query(part, "no prompt") - by_query(part), by_query(part, "no prompt"))])
                 kl, top1 = (np.mean([control(r)[key] for r in part]) for key in ("kl", "top1"))
                 lines.append(f"| {row} | {part[0]['steps']} | {part[0]['k']} | {mean:.3f} ({low:.3f} to {high:.3f}) | {show(difference(runs, row, 'full', p)) if row != 'full' else ''} | {kl:.3f} | {top1:.1%} | "
                              f"{control(part[0])['n']} | {len(part)} |")
-        run = min(of, key=lambda r: (r["row"] != "full", r["row"], r["seed"]))
         lines.append("| *controls* | | | " + "; ".join(f"{name} {control(run, name)['gap_closed']:.3f}" for name in CONTROLS) + " | | | | | |")
     shared = [r for r in rows if r != "full" and difference(runs, r, "full")]
     if shared:
         lines += ["", "## Over the prompts", "", "| row | against full, mean over the prompts that both have (95%) | prompts |", "|---|---|---|"]
         lines += [f"| {row} | {show(difference(runs, row, 'full'))} | {', '.join(p for p in prompts if difference(runs, row, 'full', p))} |" for row in shared]
-    lines += ["", "## The paper's claims", "", "Here: a 135M model, these prompts and this budget. *Holds*: the whole interval of the paired difference is on the claim's side.", "",
+    lines += ["", "## The paper's claims", "", "Here: a 135M model, these prompts and this budget. *Holds*: the whole interval of the paired difference is on the claim's side, and no prompt's own interval is on the other. The intervals are over queries and seeds, "
+              "not over prompts: of another prompt they say nothing.", "",
               "| claim | difference | mean over prompts (95%) | by prompt | verdict |", "|---|---|---|---|---|"]
     for text, a, b in CLAIMS:
         x, single = difference(runs, a, b), {p: d for p in prompts if (d := difference(runs, a, b, p))}
-        lines.append(f"| {text} | {a} - {b} | {show(x)} | {', '.join(f'{p} {d[0]:+.3f}' for p, d in single.items())} | {verdict(x)} |")
+        lines.append(f"| {text} | {a} - {b} | {show(x)} | {', '.join(f'{p} {d[0]:+.3f}' for p, d in single.items())} | {verdict(x, single.values())} |")
     kept = {p: np.mean([control(r)["gap_closed"] for r in runs if r["row"] == "full" and r["prompt"] == p]) for p in prompts if any(r["row"] == "full" and r["prompt"] == p for r in runs)}
     if kept:
         lines.append(f"| one vector keeps about 98% of the behaviour | full | gap closed {np.mean([*kept.values()]):.3f} | {', '.join(f'{p} {x:.3f}' for p, x in kept.items())} | "
@@ -183,7 +186,8 @@ if __name__ == "__main__":
     found = read_runs(args.runs)
     if not found:
         fail(f"--runs {args.runs}: expected finished runs, PROMPT.ROW.sSEED.pt; make some with: results/ablations.sh")
-    text = report(found)
+    chosen = Path(args.runs, "settings.txt")
+    text = report(found, chosen.read_text(encoding="utf-8").strip() + " " if chosen.is_file() else "")
     text += "".join(f"\n![{name}]({name})\n" for name in plots(found, Path(args.out).parent))
     write(args.out, text.encode())
     print(text)

@@ -57,6 +57,8 @@ def test_a_difference_is_of_the_prompts_and_seeds_that_both_rows_have(table, tmp
 def test_a_verdict_needs_the_whole_interval(table):
     assert table.verdict((0.1, 0.01, 0.2)).startswith("holds") and table.verdict((-0.1, -0.2, -0.01)).startswith("does not")
     assert table.verdict((0.1, -0.01, 0.2)) == "cannot tell: the interval holds 0" == table.verdict((-0.1, -0.2, 0.01))
+    assert table.verdict((0.1, 0.01, 0.2), [(0.4, 0.3, 0.5), (-0.2, -0.3, -0.1)]) == "cannot tell: the prompts disagree"
+    assert table.verdict((0.1, 0.01, 0.2), [(0.4, 0.3, 0.5), (-0.2, -0.5, 0.1)]) == "holds here"
 
 
 def test_the_interval_draws_seeds_and_queries(table):
