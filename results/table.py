@@ -127,8 +127,8 @@ def report(runs, chosen=""):
     if shared:
         lines += ["", "## Over the prompts", "", "| row | against full, mean over the prompts that both have (95%) | prompts |", "|---|---|---|"]
         lines += [f"| {row} | {show(difference(runs, row, 'full'))} | {', '.join(p for p in prompts if difference(runs, row, 'full', p))} |" for row in shared]
-    lines += ["", "## The paper's claims", "", "Here: a 135M model, these prompts and this budget. *Holds*: the whole interval of the paired difference is on the claim's side, and no prompt's own interval is on the other. The intervals are over queries and seeds, "
-              "not over prompts: of another prompt they say nothing.", "",
+    lines += ["", "## The paper's claims", "", "Here: a 135M model, these prompts and this budget. *Holds*: the whole interval of the paired difference is on the claim's side, and no prompt's own interval is on the other. The "
+              "intervals are over queries and seeds, not over prompts: of another prompt they say nothing.", "",
               "| claim | difference | mean over prompts (95%) | by prompt | verdict |", "|---|---|---|---|---|"]
     for text, a, b in CLAIMS:
         x, single = difference(runs, a, b), {p: d for p in prompts if (d := difference(runs, a, b, p))}
