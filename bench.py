@@ -28,7 +28,6 @@ import os
 import platform
 import random
 import re
-import shlex
 import signal
 import statistics
 import subprocess
@@ -65,7 +64,6 @@ def settings():
     add("--teacher-queries", default=64, type=number(int, 2),      help="of item 4: queries that share one encoded prompt")
     add("--steps",         default=300,  type=number(int, 1),      help="of item 1: stage 2's --steps, which set its schedule; it is stopped at --target")
     add("--target",        default=0.5,  type=number(float, 0, 1), help="of item 1: the held-out gap to close")
-    add("--ours",          default="",   type=shlex.split,         help="of item 1: more options for stage2_kd.py, in one string, such as \"--lam 0.9\"")
     add("--tau",           default=2.0,  type=number(float, 0.01), help="of item 1: the temperature of both recipes' loss")
     add("--naive-lr",      default=[0.01, 0.03, 0.1], nargs="+", type=number(float, 0), help="of item 1: learning rates to try; the first to reach --target counts, or the best after --naive-tune steps goes on")
     add("--naive-tune",    default=40,   type=number(int, 1),      help="of item 1: see --naive-lr; the steps of the best rate count as its own")
@@ -564,7 +562,7 @@ def time_to_quality(c):
     args, every, ours, out = c.args, 5 if c.args.quick else 20, [], c.folder / "be.pt"
     (c.folder / "p.json").write_text(json.dumps({"messages": read_prompt(args.prompt)}))             # alone: no test questions, they are no part of training
     running = saves([HERE / "stage2_kd.py", "--prompt", c.folder / "p.json", "--queries", c.questions, "--out", out, "--init", "random", "--lam", 1, "--held-out", 0.15,
-                     "--answer-tokens", args.answer_tokens, "--tau", args.tau, "--eval-every", every, "--steps", args.steps, *c.common, *args.ours], out)
+                     "--answer-tokens", args.answer_tokens, "--tau", args.tau, "--eval-every", every, "--steps", args.steps, *c.common], out)
     for seconds in running:
         a = torch.load(out, weights_only=True)
         if not ours or a["step"] > ours[-1][1]:                                                      # the last save, after the table of controls, adds no step
@@ -745,7 +743,7 @@ def processes(c):
 
 # item: function, name, the settings that its figures depend on
 ITEMS = {
-    1: (time_to_quality, "time to quality", ["prompt", "answer_tokens", "steps", "target", "tau", "ours", "naive_lr", "naive_tune", "naive_minutes"]),
+    1: (time_to_quality, "time to quality", ["prompt", "answer_tokens", "steps", "target", "tau", "naive_lr", "naive_tune", "naive_minutes"]),
     2: (step_throughput, "step throughput", ["prompt", "repeats", "batch", "micro_batch", "answer_tokens"]),
     3: (memory, "peak memory", ["prompt", "repeats", "batch", "micro_batch"]),
     4: (teacher_pass, "teacher pass", ["prompt", "prompts", "repeats", "answer_tokens", "teacher_queries"]),

@@ -46,7 +46,7 @@ def load(path):
     try:
         return torch.load(path, weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as e:
-        fail(f"{path}: expected a run of results/ablations.sh, found a damaged file ({type(e).__name__}); remove it and start results/ablations.sh again")
+        fail(f"{path}: expected a run of results/ablations.sh, found none or a damaged file ({type(e).__name__}); remove it and start results/ablations.sh again")
 
 
 def read_runs(folder):
@@ -56,8 +56,8 @@ def read_runs(folder):
         if (m := re.fullmatch(r"(.+)\.([\w-]+)\.s(\d+)", path.stem)):
             a = load(path)
             if "controls" in a.get("metrics", {}):                                       # not yet in a run that goes on
-                steps, start = a["config"]["steps"] if a["config"]["lr"] else 0, (a["config"].get("be") or [""])[0]
-                first = load(start)["config"]["steps"] if Path(start).is_file() and start.endswith(".recon.pt") else 0
+                steps, start = a["config"]["steps"] if a["config"]["lr"] else 0, Path((a["config"].get("be") or [""])[0]).name
+                first = load(Path(folder, start))["config"]["steps"] if start.endswith(".recon.pt") else 0      # stage 1's artifact stands beside it
                 runs.append({"prompt": m[1], "row": m[2], "seed": int(m[3]), "tokens": a["prompt"]["tokens"], "k": len(a["vector"]), "steps": f"{first} + {steps}",
                              "controls": a["metrics"]["controls"], "history": a["history"]})
     return runs
@@ -109,7 +109,8 @@ def report(runs, chosen=""):
     prompts, seeds = [*dict.fromkeys(r["prompt"] for r in runs)], sorted({r["seed"] for r in runs})
     rows = sorted({r["row"] for r in runs}, key=lambda row: (row != "full", row))
     rebuilt = dict.fromkeys(re.sub(r"^(cut|summary|llmlingua)-\d+$", r"\1", row) for row in rows)
-    lines = ["# Ablations", "", f"Made by `ROWS=\"{' '.join(rebuilt)}\" SEEDS=\"{' '.join(map(str, seeds))}\" {chosen}results/ablations.sh` and `python results/table.py`; what each row is stands at the head of",
+    lines = ["# Ablations", "", f"Of `ROWS=\"{' '.join(rebuilt)}\" SEEDS=\"{' '.join(map(str, seeds))}\" {chosen}results/ablations.sh` the runs that are finished, by "
+             "`python results/table.py`; the rows of a prompt and their seeds stand below, what each row is at the head of",
              "results/ablations.sh. Steps: of stage 1 + of stage 2. KL in nats a token and top-1 are over the answers to the test queries. Gap closed, KL and top-1: means over the seeds; 95% intervals: over queries",
              f"and seeds{' (one seed: of what another seed would give they know nothing)' if len(seeds) == 1 else ''}. Against full: gap closed minus that of the full method, paired."]
     for p in prompts:

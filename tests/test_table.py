@@ -42,6 +42,17 @@ def test_rows_are_means_over_seeds_and_say_how_many_runs_they_are(table, tmp_pat
     assert all((tmp_path / f"ablations-{n}.png").read_bytes()[:4] == b"\x89PNG" for n in ("k", "lambda", "curves"))
 
 
+def test_the_steps_of_stage_1_count_from_wherever_the_table_is_made(table, tmp_path, monkeypatch):
+    """The runs name stage 1's artifact relative to the repository; it stands in their own folder. One that is gone is no run of 0 steps."""
+    run(tmp_path, "pirate.base.s0.recon", 0.0, steps=25)
+    run(tmp_path, "pirate.full.s0", 0.4, config={"steps": 75, "lr": 0.1, "be": ["out/ablations/pirate.base.s0.recon.pt"]})
+    monkeypatch.chdir("/")
+    assert [r["steps"] for r in table.read_runs(tmp_path)] == ["25 + 75"]
+    (tmp_path / "pirate.base.s0.recon.pt").unlink()
+    with pytest.raises(SystemExit):
+        table.read_runs(tmp_path)
+
+
 def test_a_difference_is_of_the_prompts_and_seeds_that_both_rows_have(table, tmp_path):
     for name, gap in [("pirate.full.s0", 0.4), ("pirate.full.s1", 0.9), ("shop.full.s0", 0.2), ("bank.full.s0", 0.9), ("pirate.kd.s0", 0.5), ("shop.kd.s0", 0.5)]:
         run(tmp_path, name, gap)
