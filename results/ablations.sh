@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # The ablations: each row of the list below, by the stage scripts' own command lines, at an equal number of optimizer steps, over the same cached teacher answers, for three prompts and three seeds.
 #
-#     results/ablations.sh                                           # all of it -> out/ablations, then results/README.md. Some 150 runs: days on two cores, so choose
+#     results/ablations.sh                                           # all of it -> out/ablations, then results/README.md. Some 150 runs, most of a day on two cores, so choose
 #     ROWS="full kd memory-kd" SEEDS="0 1" results/ablations.sh      # some rows, two seeds
 #     STEPS=2 SEEDS=0 QUERIES=16 TESTS=4 OUT=out/smoke README=out/smoke/README.md results/ablations.sh        # does it run at all?
 #
-# A run that is finished is skipped and one that was killed goes on: start it again with the same settings. Another STEPS, QUERIES, TESTS, STAGE1 or STAGE2 wants another OUT. Needs data/rolellm/prepare.py and data/gsm8k/prepare.py.
+# A run that is finished is skipped and one that was killed goes on: start it again with the same settings. Another STEPS, QUERIES, TESTS, STAGE1 or STAGE2 wants another OUT and README: results/ablations.jsonl keeps
+# the finished runs, and table.py adds to them. Needs data/rolellm/prepare.py and data/gsm8k/prepare.py.
 #
 #     row                        stage 1                 stage 2
 #     full                       recon with [AE]         lambda 0.9
@@ -29,15 +30,15 @@ MODEL=${MODEL:-models/smollm2-135m}
 AE=${AE:-}                                                    # as --ae of the stages: none named, they find it
 OUT=${OUT:-out/ablations}
 README=${README:-results/README.md}
-STEPS=${STEPS:-300}
+STEPS=${STEPS:-100}
 SEEDS=${SEEDS:-0 1 2}
 PROMPTS=${PROMPTS:-data/rolellm/Jack_Sparrow.txt prompts/support.txt prompts/gsm8k_8shot.json}
 LENGTHS=${LENGTHS-$OUT/pirate100.txt prompts/pirate.txt prompts/styleguide.txt}
 ROWS=${ROWS:-full kd memory recon memory-kd tuning-gold tuning-teacher kd-gold k-2 k-4 k-8 lam-0 lam-10 lam-50 lam-100 block length cut summary llmlingua}
-QUERIES=${QUERIES:-200}                                       # questions of a prompt, with those held out
-TESTS=${TESTS:-50}
+QUERIES=${QUERIES:-120}                                       # questions of a prompt, with those held out
+TESTS=${TESTS:-32}
 STAGE1=${STAGE1:-}                                            # more options for stage1_recon.py and stage2_kd.py, the same for all rows
-STAGE2=${STAGE2:---answer-tokens 32}
+STAGE2=${STAGE2:---answer-tokens 32 --eval-every 25}
 ROLEBENCH=${ROLEBENCH:-data/rolellm/rolebench}
 [ -d "$ROLEBENCH" ] || ROLEBENCH=../shared/data/rolebench
 
@@ -51,6 +52,9 @@ done
 mkdir -p "$OUT"
 chosen="STEPS=$STEPS QUERIES=$QUERIES TESTS=$TESTS STAGE1=\"$STAGE1\" STAGE2=\"$STAGE2\""
 if [ -e "$OUT/settings.txt" ] && [ "$(cat "$OUT/settings.txt")" != "$chosen" ]; then fail "OUT: the runs in $OUT have $(cat "$OUT/settings.txt"), now it is $chosen; give the same, or another OUT"; fi
+kept=$(dirname "$README")/ablations.jsonl
+earlier=$([ ! -e "$kept" ] || "$PYTHON" -c 'import json, sys; print(json.loads(open(sys.argv[1]).readline())["settings"])' "$kept" 2> /dev/null) || fail "README: $kept has no runs of this script in it; restore it, or give another README"
+if [ -n "$earlier" ] && [ "$earlier" != "$chosen" ]; then fail "README: the runs in $kept have $earlier, now it is $chosen; give the same, or another README (and OUT)"; fi
 echo "$chosen" > "$OUT/settings.txt"
 FIRST=$((STEPS < 4 ? 1 : STEPS / 4))
 "$PYTHON" -c 'import re, sys

@@ -1,14 +1,16 @@
 """The runs of results/ablations.sh as tables and plots, and what they say of the paper's claims.
 
-    python results/table.py                                                 # out/ablations -> results/README.md, results/ablations-*.png
+    python results/table.py                                                 # out/ablations -> results/README.md, results/ablations.jsonl, results/ablations-*.png
     python results/table.py --runs out/smoke --out out/smoke/README.md      # any part of the runs; a row says of how many it is
 
-A run is a file PROMPT.ROW.sSEED.pt with stage 2's table of controls in it. Gap closed is 1 - KL([BE]) / KL(no prompt), KL at tau 1, over all answer tokens of the test queries. Two rows are compared on what both
+A run is a file PROMPT.ROW.sSEED.pt with stage 2's table of controls in it. What the table needs of it is kept as a line of ablations.jsonl, beside the table, and stays there when the run's own files are gone: so
+the grid can be filled over days and machines, and the table made again from a checkout alone. Gap closed is 1 - KL([BE]) / KL(no prompt), KL at tau 1, over all answer tokens of the test queries. Two rows are compared on what both
 have: the same prompts, seeds, test queries and teacher answers. Their difference is a share of KL(no prompt) of the second row, mean over prompts; its interval is a bootstrap that draws the seeds and the queries
 within each prompt (10,000 draws), the prompts being what they are.
 """
 import argparse
 import io
+import json
 import os
 import pickle
 import re
@@ -50,7 +52,7 @@ def load(path):
 
 
 def read_runs(folder):
-    """-> [{"prompt", "row", "seed", "tokens", "k", "steps", "controls", "history"}], one for each finished run of the folder."""
+    """-> [{"prompt", "row", "seed", "model", "tokens", "k", "steps", "controls", "history"}], one for each finished run of the folder."""
     runs = []
     for path in sorted(Path(folder).glob("*.pt")):
         if (m := re.fullmatch(r"(.+)\.([\w-]+)\.s(\d+)", path.stem)):
@@ -58,9 +60,29 @@ def read_runs(folder):
             if "controls" in a.get("metrics", {}):                                       # not yet in a run that goes on
                 steps, start = a["config"]["steps"] if a["config"]["lr"] else 0, Path((a["config"].get("be") or [""])[0]).name
                 first = load(Path(folder, start))["config"]["steps"] if start.endswith(".recon.pt") else 0      # stage 1's artifact stands beside it
-                runs.append({"prompt": m[1], "row": m[2], "seed": int(m[3]), "tokens": a["prompt"]["tokens"], "k": len(a["vector"]), "steps": f"{first} + {steps}",
-                             "controls": a["metrics"]["controls"], "history": a["history"]})
+                runs.append({"prompt": m[1], "row": m[2], "seed": int(m[3]), "model": Path(a["config"]["model"]).name, "tokens": a["prompt"]["tokens"], "k": len(a["vector"]),
+                             "steps": f"{first} + {steps}", "controls": shorter(a["metrics"]["controls"]), "history": [h for h in a["history"] if "held-out KL" in h]})
     return runs
+
+
+def shorter(controls):
+    """The table of controls with the KL of each query only where a comparison needs it."""
+    return {name: {key: x for key, x in row.items() if key != "kl_by_query" or name.startswith(("[BE]", "no prompt"))} for name, row in controls.items()}
+
+
+def keep(runs, chosen, path):
+    """The runs and those that the file `path` keeps of earlier ones -> (all of them in one order, their settings). Of a run that stands in both the new one counts."""
+    try:
+        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()] if Path(path).exists() else []
+        merged = {(r["prompt"], r["row"], r["seed"]): r for r in rows}
+        other = {r["settings"] for r in rows} - {chosen} if chosen else {}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        fail(f"{path}: expected a run of results/ablations.sh in each line ({type(e).__name__}: {e}); restore it, or give another --out")
+    if other:
+        fail(f"{path}: its runs have {other.pop()}, the new ones {chosen}; rows of two settings make no table, give another --out")
+    chosen = chosen or (rows[0]["settings"] if rows else "")
+    merged |= {(r["prompt"], r["row"], r["seed"]): r | {"settings": chosen} for r in runs}
+    return [merged[key] for key in sorted(merged)], chosen
 
 
 def control(run, name="[BE]"):
@@ -184,11 +206,12 @@ if __name__ == "__main__":
     p.add_argument("--runs", default="out/ablations", help="the folder of results/ablations.sh")
     p.add_argument("--out", default="results/README.md", help="the table; its plots are written beside it")
     args = p.parse_args()
-    found = read_runs(args.runs)
+    now, kept = Path(args.runs, "settings.txt"), Path(args.out).parent / "ablations.jsonl"
+    found, chosen = keep(read_runs(args.runs), now.read_text(encoding="utf-8").strip() if now.is_file() else "", kept)
     if not found:
         fail(f"--runs {args.runs}: expected finished runs, PROMPT.ROW.sSEED.pt; make some with: results/ablations.sh")
-    chosen = Path(args.runs, "settings.txt")
-    text = report(found, chosen.read_text(encoding="utf-8").strip() + " " if chosen.is_file() else "")
+    text = report(found, f"{chosen} " if chosen else "")
+    write(kept, "".join(json.dumps(r) + "\n" for r in found).encode())
     text += "".join(f"\n![{name}]({name})\n" for name in plots(found, Path(args.out).parent))
     write(args.out, text.encode())
     print(text)

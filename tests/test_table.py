@@ -1,4 +1,5 @@
 """results/table.py on handmade runs."""
+import json
 import subprocess
 import sys
 
@@ -21,7 +22,7 @@ def run(folder, name, gap, k=1, steps=300, **more):
         return {"gap_closed": closed, "kl": 1 - closed, "top1": 0.5, "n": 7, "answer_tokens": 7, "kl_by_query": [1 - closed + w for w in wave]}
     controls = {key: row(value) for key, value in [("full prompt", 0.99), (f"[BE], {k} vector", gap), ("no prompt (empty slot)", 0.0), ("no system block at all", 0.1),
                                                    ("default system prompt", 0.2), ("random vector", 0.01), ("prompt cut to 1 token", 0.02)]}
-    torch.save({"vector": torch.zeros(k, 4), "prompt": {"tokens": 40}, "history": [{"step": s, "held-out KL": 1 / (s + 1)} for s in (1, 2)], "config": {"steps": steps, "lr": 0.1},
+    torch.save({"vector": torch.zeros(k, 4), "prompt": {"tokens": 40}, "history": [{"step": s, "held-out KL": 1 / (s + 1)} for s in (1, 2)], "config": {"model": "models/smol", "steps": steps, "lr": 0.1},
                 "metrics": {"controls": controls}} | more, folder / f"{name}.pt")
 
 
@@ -45,7 +46,7 @@ def test_rows_are_means_over_seeds_and_say_how_many_runs_they_are(table, tmp_pat
 def test_the_steps_of_stage_1_count_from_wherever_the_table_is_made(table, tmp_path, monkeypatch):
     """The runs name stage 1's artifact relative to the repository; it stands in their own folder. One that is gone is no run of 0 steps."""
     run(tmp_path, "pirate.base.s0.recon", 0.0, steps=25)
-    run(tmp_path, "pirate.full.s0", 0.4, config={"steps": 75, "lr": 0.1, "be": ["out/ablations/pirate.base.s0.recon.pt"]})
+    run(tmp_path, "pirate.full.s0", 0.4, config={"model": "models/smol", "steps": 75, "lr": 0.1, "be": ["out/ablations/pirate.base.s0.recon.pt"]})
     monkeypatch.chdir("/")
     assert [r["steps"] for r in table.read_runs(tmp_path)] == ["25 + 75"]
     (tmp_path / "pirate.base.s0.recon.pt").unlink()
@@ -90,3 +91,31 @@ def test_a_damaged_run_is_one_line(tmp_path):
 def test_no_runs_is_one_line(tmp_path):
     r = subprocess.run([sys.executable, ROOT / "results/table.py", "--runs", tmp_path, "--out", tmp_path / "x.md"], capture_output=True, text=True)
     assert r.returncode == 2 and "results/ablations.sh" in r.stderr and len(r.stderr.splitlines()) == 1 and not (tmp_path / "x.md").exists()
+
+
+def test_the_table_stays_when_the_runs_are_gone_and_grows_with_new_ones(table, tmp_path):
+    """ablations.jsonl keeps what the table is made of; a run made again takes the old one's place; runs of other settings are refused before anything is written."""
+    def make(*runs, settings="STEPS=4"):
+        folder = tmp_path / f"runs{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        for name, gap in runs:
+            run(folder, name, gap)
+        (folder / "settings.txt").write_text(f"{settings}\n")
+        return subprocess.run([sys.executable, ROOT / "results/table.py", "--runs", folder, "--out", tmp_path / "made/table.md"], capture_output=True, text=True)
+
+    def made():
+        return {f.name: f.read_bytes() for f in (tmp_path / "made").iterdir()}
+    (tmp_path / "made").mkdir()
+    assert make(("pirate.full.s0", 0.4), ("pirate.kd.s0", 0.5)).returncode == 0
+    first = made()
+    assert set(first) == {"table.md", "ablations.jsonl", "ablations-curves.png"} and b"STEPS=4 results/ablations.sh" in first["table.md"]
+    empty = subprocess.run([sys.executable, ROOT / "results/table.py", "--runs", tmp_path / "nothing", "--out", tmp_path / "made/table.md"], capture_output=True, text=True)
+    assert empty.returncode == 0 and {k: v for k, v in made().items() if k[-3:] != "png"} == {k: v for k, v in first.items() if k[-3:] != "png"}
+    r = make(("shop.full.s0", 0.1), settings="STEPS=9")
+    assert r.returncode == 2 and "STEPS=9" in r.stderr and len(r.stderr.splitlines()) == 1 and made()["table.md"] == first["table.md"]
+    assert make(("pirate.full.s1", 0.6), ("pirate.kd.s0", 0.9)).returncode == 0
+    runs = [json.loads(x) for x in made()["ablations.jsonl"].splitlines()]
+    assert [(r["row"], r["seed"], table.control(r)["gap_closed"]) for r in runs] == [("full", 0, 0.4), ("full", 1, 0.6), ("kd", 0, 0.9)]
+    (tmp_path / "made/ablations.jsonl").write_bytes(first["ablations.jsonl"][:-40])
+    r = make(("pirate.full.s1", 0.6))
+    assert r.returncode == 2 and "ablations.jsonl" in r.stderr and len(r.stderr.splitlines()) == 1
