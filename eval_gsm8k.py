@@ -13,7 +13,8 @@ no prompt     the full prompt's input with the dialogue left out; a default syst
 
 Reads   data/gsm8k/test.jsonl ("question", "answer" with #### gold), the prompt, the artifacts.
 Writes  out/gsm8k.jsonl, a row an answer, and the table beside it as out/gsm8k.json. A killed run goes on when the same command runs again: a row counts
-        if its key fits, a hash of all that decides the answer but for the rounding of device and attention kernel. A row's seconds are its batch's, shared out; the prefix that all questions share is not in them.
+        if its key fits, a hash of all that decides the answer but for the rounding of device and attention kernel, and if a larger or smaller --max-new-tokens would not change it. A row's seconds are its batch's,
+        shared out; the prefix that all questions share is not in them.
 Expect  the default model on one busy core, batch 4: for 32 new tokens 9 s a question with 8 shots, 2 s with one vector. It is too small to solve GSM8K
         with any prompt; a model of 1B or more has something to retain.
 """
@@ -323,17 +324,19 @@ def read_questions(folder, split):
     return questions
 
 
-def read_rows(path):
-    """The rows of earlier runs by their key. A half-written last line, of a killed run, is cut off; a file of another kind is left as it is."""
+def read_rows(path, limit):
+    """The rows of earlier runs -> (those that count under this limit of new tokens, by their key; the number of all). An answer that ended by itself is the same under any limit that it fits in. A half-written
+    last line, of a killed run, is cut off; a file of another kind is left as it is."""
     whole, newline, half = path.read_bytes().rpartition(b"\n")
     try:
-        rows = {row["key"]: row for row in map(json.loads, whole.splitlines())}
+        found = [json.loads(line) for line in whole.splitlines()]
+        rows = {row["key"]: row for row in found if (row["new_tokens"] == limit if row["cut"] else row["new_tokens"] <= limit)}
         if not half.startswith(b'{"key"'[:len(half)]):
             raise ValueError
     except (ValueError, KeyError, TypeError):
         fail(f"--out {path}: expected the rows of an earlier run, found something else, which is left as it is; give another --out, or move it away")
     os.truncate(path, len(whole + newline))
-    return rows
+    return rows, len(found)
 
 
 # the statistics
@@ -445,7 +448,7 @@ def main():
         conditions["no system block"] = ([layout_ids(tokenizer, "block", [], turns) for turns in ask], no_vector)
     if device.type == "cpu" and prompt_tokens > 1024:
         model.set_attn_implementation("sdpa")           # eager copies the keys and values of a grouped-query model for every head: 2.0 instead of 0.45 s a token for 16 rows of 1,600 tokens
-    same, keys = [before, args.max_new_tokens, sorted(stop), str(dtype)], {}                         # a key: all that decides an answer but for the device's rounding, hashed
+    same, keys = [before, sorted(stop), str(dtype)], {}                                              # a key: all that decides an answer but for the device's rounding and the limit, hashed
     for name, (rows, learned) in conditions.items():
         if (longest := max(map(len, rows))) > context - args.max_new_tokens:
             fail(f"{name}: expected at most {context - args.max_new_tokens} tokens of context (the model's {context} less --max-new-tokens), found {longest}; "
@@ -464,10 +467,10 @@ def main():
         fail(f"--out {out}: cannot be written: {e.strerror}")
 
     # the answers: a batch of questions in all conditions, then the next batch
-    done, wanted, shared = read_rows(out), {key for part in keys.values() for key in part}, {}
+    (done, there), wanted, shared = read_rows(out, args.max_new_tokens), {key for part in keys.values() for key in part}, {}
     todo = len(wanted - set(done))
     print(f"prompt: {args.prompt}, {prompt_tokens} tokens; {len(questions)} questions of {args.data}, {args.split}; {len(conditions)} conditions\n"
-          f"{len(wanted) - todo} answers found, {todo} to make; {len(set(done) - wanted)} rows in {out} come from other settings and do not count")
+          f"{len(wanted) - todo} answers found, {todo} to make; {there - len(wanted) + todo} rows in {out} come from other settings and do not count")
     with file, tqdm(total=todo, desc="answers", dynamic_ncols=True) as bar, torch.no_grad():
         for start, name in itertools.product(range(0, len(questions), args.batch), conditions):
             rows, learned = conditions[name][0], conditions[name][1].to(device)

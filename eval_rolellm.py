@@ -267,7 +267,7 @@ def layout_ids(tokenizer, layout, slot, turns):
 def read_roles(folder, names, count):
     """RoleBench -> {role: {"description", "train": questions, "test": [(question, references)]}}. Exits with one line where it is not as expected."""
     def rows(path):
-        return [json.loads(line) for line in Path(folder, path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [json.loads(line) for line in Path(folder, path).read_text(encoding="utf-8").split("\n") if line.strip()]
 
     def line(text):
         return " ".join(text.split())
@@ -589,7 +589,8 @@ def main():
     means = summarize(rows)
     decoding = f"temperature {args.temperature}, top-p {args.top_p}, seed {args.seed}" if sampling else "greedy"
     notes = [f"{args.model}; {decoding}, {args.max_new_tokens} new tokens. ROUGE-L F, without a stemmer, the best of a question's references; *~ full*: against the full prompt's answer; "
-             "*none*: the template's words around an empty slot. KL and gap closed: stage 2's own table. Means over roles, with a 95% bootstrap interval over roles."]
+             "*none*: the template's words around an empty slot. KL and gap closed: stage 2's own table. Means over roles, with a 95% bootstrap interval over roles"
+             + f", which for {len(rows)} roles is little more than their range" * (1 < len(rows) < 6) + "."]
     if verdicts:
         notes += ["", f"Judge {args.judge_model}: [BE] against the full prompt, each pair in both orders; win rate = (W + T / 2) / (W + T + L); equal answers are a tie; "
                       "pairs without two clear verdicts are counted apart."]

@@ -5,7 +5,7 @@
 #     ROWS="full kd memory-kd" SEEDS="0 1" results/ablations.sh      # some rows, two seeds
 #     STEPS=2 SEEDS=0 QUERIES=16 TESTS=4 OUT=out/smoke README=out/smoke/README.md results/ablations.sh        # does it run at all?
 #
-# A run that is finished is skipped and one that was killed goes on: start it again with the same settings. Another STEPS, QUERIES, TESTS, STAGE1 or STAGE2 wants another OUT and README: results/ablations.jsonl keeps
+# A run that is finished is skipped and one that was killed goes on: start it again with the same settings. Another MODEL, AE, STEPS, QUERIES, TESTS, STAGE1 or STAGE2 wants another OUT and README: results/ablations.jsonl keeps
 # the finished runs, and table.py adds to them. Needs data/rolellm/prepare.py and data/gsm8k/prepare.py.
 #
 #     row                        stage 1                 stage 2
@@ -50,7 +50,7 @@ for row in $ROWS; do
     case $row in full|kd|memory|recon|memory-kd|tuning-gold|tuning-teacher|kd-gold|k-[0-9]*|lam-[0-9]*|block|length|cut|summary|llmlingua) ;; *) fail "ROWS: there is no row $row; the rows are in the head of this file";; esac
 done
 mkdir -p "$OUT"
-chosen="STEPS=$STEPS QUERIES=$QUERIES TESTS=$TESTS STAGE1=\"$STAGE1\" STAGE2=\"$STAGE2\""
+chosen="MODEL=$MODEL${AE:+ AE=$AE} STEPS=$STEPS QUERIES=$QUERIES TESTS=$TESTS STAGE1=\"$STAGE1\" STAGE2=\"$STAGE2\""
 if [ -e "$OUT/settings.txt" ] && [ "$(cat "$OUT/settings.txt")" != "$chosen" ]; then fail "OUT: the runs in $OUT have $(cat "$OUT/settings.txt"), now it is $chosen; give the same, or another OUT"; fi
 kept=$(dirname "$README")/ablations.jsonl
 earlier=$([ ! -e "$kept" ] || "$PYTHON" -c 'import json, sys; print(json.loads(open(sys.argv[1]).readline())["settings"])' "$kept" 2> /dev/null) || fail "README: $kept has no runs of this script in it; restore it, or give another README"

@@ -30,18 +30,25 @@ def timed(command, log):
     return time.perf_counter() - started, usage.ru_maxrss / 1e6
 
 
+def commands_of(role, k, args):
+    """-> (where the files of a run begin, its two command lines)."""
+    out = f"out/roles/{role}.k{k}.s{args.seed}"
+    return out, [f"python stage1_recon.py --prompt data/rolellm/{role}.txt --out {out}.recon.pt --k {k} --seed {args.seed} {args.stage1}".strip(),
+                 f"python stage2_kd.py --prompt data/rolellm/{role}.txt --be {out}.recon.pt --out {out}.be.pt --seed {args.seed} --k {k} {args.stage2}".strip()]
+
+
 def report(rows):
     """The rows as a table, with means over roles."""
-    lines = ["| role | k | [BE] gap closed (95%) | against no system block | held-out gap closed | KL full / [BE] / none / random | top-1 | n | stages 1 + 2, s | peak GB |", "|" + "---|" * 10]
+    lines = ["| role | k | [BE] gap closed (95%) | against no system block | against the default one | held-out gap closed | KL full / [BE] / none / random | top-1 | n | stages 1 + 2, s | peak GB |", "|" + "---|" * 11]
     for r in rows:
         c = {name.split(",")[0].split(" (")[0].rstrip("s"): row for name, row in r["controls"].items()}
-        be, block = c["[BE]"], c["no system block at all"]
+        be, others = c["[BE]"], " | ".join(f"{1 - c['[BE]']['kl'] / c[name]['kl']:.3f}" for name in ("no system block at all", "default system prompt"))
         kl = " / ".join(f"{c[name]['kl']:.3f}" for name in ("full prompt", "[BE]", "no prompt", "random vector"))
-        lines.append(f"| {r['role']} | {r['k']} | {be['gap_closed']:.3f} ({be['gap_closed_95'][0]:.3f} to {be['gap_closed_95'][1]:.3f}) | {1 - be['kl'] / block['kl']:.3f} | {r['held_out_gap_closed']:.3f} | {kl} | "
+        lines.append(f"| {r['role']} | {r['k']} | {be['gap_closed']:.3f} ({be['gap_closed_95'][0]:.3f} to {be['gap_closed_95'][1]:.3f}) | {others} | {r['held_out_gap_closed']:.3f} | {kl} | "
                      f"{be['top1']:.1%} | {be['n']} | {r['seconds'][0]:.0f} + {r['seconds'][1]:.0f} | {max(r['peak_gb']):.2f} |")
     for k in sorted({r["k"] for r in rows}):
         gaps = [next(v["gap_closed"] for name, v in r["controls"].items() if name.startswith("[BE]")) for r in rows if r["k"] == k]
-        lines.append(f"| **mean of {len(gaps)}** | {k} | **{sum(gaps) / len(gaps):.3f}** |" + " |" * 7)
+        lines.append(f"| **mean of {len(gaps)}** | {k} | **{sum(gaps) / len(gaps):.3f}** |" + " |" * 8)
     return "\n".join(lines) + "\n"
 
 
@@ -58,9 +65,7 @@ if __name__ == "__main__":
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     for role, k in [(r, k) for k in args.k for r in args.roles]:
-        out = f"out/roles/{role}.k{k}.s{args.seed}"
-        commands = [f"python stage1_recon.py --prompt data/rolellm/{role}.txt --out {out}.recon.pt --k {k} --seed {args.seed} {args.stage1}".strip(),
-                    f"python stage2_kd.py --prompt data/rolellm/{role}.txt --be {out}.recon.pt --out {out}.be.pt --seed {args.seed} --k {k} {args.stage2}".strip()]
+        out, commands = commands_of(role, k, args)
         if any(r["commands"] == commands for r in done()):
             continue
         Path(HERE.parent, out).parent.mkdir(parents=True, exist_ok=True)
@@ -70,6 +75,7 @@ if __name__ == "__main__":
                "peak_gb": peak, "threads": torch.get_num_threads(), "commands": commands}
         with open(path, "a") as f:                                            # a row is one write, so two roles can run at once
             f.write(json.dumps(row) + "\n")
-    (HERE / "roles.md.tmp").write_text(report(done()))
+    table = report([r for r in done() if r["commands"] == commands_of(r["role"], r["k"], args)[1]])          # of one seed and one set of options: a mean over roles, not over runs
+    (HERE / "roles.md.tmp").write_text(table)
     os.replace(HERE / "roles.md.tmp", HERE / "roles.md")
-    print(report(done()))
+    print(table)

@@ -6,11 +6,13 @@
 A run is a file PROMPT.ROW.sSEED.pt with stage 2's table of controls in it. What the table needs of it is kept as a line of ablations.jsonl, beside the table, and stays there when the run's own files are gone: so
 the grid can be filled over days and machines, and the table made again from a checkout alone. Gap closed is 1 - KL([BE]) / KL(no prompt), KL at tau 1, over all answer tokens of the test queries. Two rows are compared on what both
 have: the same prompts, seeds, test queries and teacher answers. Their difference is a share of KL(no prompt) of the second row, mean over prompts; its interval is a bootstrap that draws the seeds and the queries
-within each prompt (10,000 draws), the prompts being what they are.
+within each prompt (10,000 draws), the prompts being what they are. Of one seed it knows nothing of seeds, and of two or three too little: the standard deviation between seeds, pooled over all rows that have
+several, stands beside the tables.
 """
 import argparse
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -23,7 +25,7 @@ import torch
 CONTROLS = ["full prompt", "no prompt", "no system block", "default system prompt", "random vector", "prompt cut to"]
 CLAIMS = [                                                                               # the paper's, each as "the first row is better than the second"
     ("KD adds to reconstruction with [AE]", "full", "recon"),
-    ("KD adds to reconstruction without [AE], the memory token", "full", "memory"),
+    ("KD adds to reconstruction without [AE], the memory token", "memory-kd", "memory"),
     ("reconstruction with [AE] adds to KD", "full", "kd"),
     ("with [AE] it adds more than without", "full", "memory-kd"),
     ("reconstruction without [AE] harms KD", "kd", "memory-kd"),
@@ -32,8 +34,8 @@ CLAIMS = [                                                                      
     ("self-generated answers beat gold ones", "kd", "kd-gold"),
     ("one vector beats the prompt cut to a half", "full", "cut-2"),
     ("one vector beats a summary of half the length", "full", "summary-2"),
-    ("one vector beats LLMLingua at 2x", "full", "llmlingua-2"),
-    ("one vector beats LLMLingua at 4x", "full", "llmlingua-4"),
+    ("one vector beats LLMLingua asked for a half", "full", "llmlingua-2"),
+    ("one vector beats LLMLingua asked for a quarter", "full", "llmlingua-4"),
 ]
 
 
@@ -100,7 +102,7 @@ def interval(pairs, draws=10_000):
 
 
 def show(x):
-    return "{:+.3f} ({:+.3f} to {:+.3f})".format(*x) if x else ""
+    return "{:+.3f} ({:+.3f} to {:+.3f})".format(*x[:3]) if x else ""
 
 
 def by_query(runs, name="[BE]"):
@@ -108,33 +110,54 @@ def by_query(runs, name="[BE]"):
     return np.array([control(r, name)["kl_by_query"] for r in runs])
 
 
+def same_teacher(a, b):
+    """Whether two runs were measured against the same teacher answers: as many tokens, and the same KL of a row that has nothing of [BE] or of the layout in it."""
+    (x, p), (y, q) = ((control(r)["answer_tokens"], control(r, "default system prompt")["kl"]) for r in (a, b))
+    return x == y and math.isclose(p, q, rel_tol=0.02)
+
+
 def difference(runs, row, other, prompt=None):
-    """How much more of the gap `row` closes than `other`, on the prompts and seeds that both have (of one prompt alone, if named) -> (mean, low, high), or None if they share none."""
+    """How much more of the gap `row` closes than `other`, on the prompts and seeds that both have (of one prompt alone, if named) -> (mean, low, high, the fewest seeds of a prompt), or None if
+    they share none."""
     pairs = []
     for p in dict.fromkeys(r["prompt"] for r in runs if prompt in (None, r["prompt"])):
         a, b = ({r["seed"]: r for r in runs if r["row"] == name and r["prompt"] == p} for name in (row, other))
-        if seeds := [s for s in a if s in b and control(a[s])["answer_tokens"] == control(b[s])["answer_tokens"]]:
+        if seeds := [s for s in a if s in b and same_teacher(a[s], b[s])]:
             a, b = [a[s] for s in seeds], [b[s] for s in seeds]
             pairs.append((by_query(b) - by_query(a), by_query(b, "no prompt")))
-    return interval(pairs) if pairs else None
+    return (*interval(pairs), min(len(top) for top, _ in pairs)) if pairs else None
+
+
+def seed_deviation(runs):
+    """The standard deviation of gap closed between the seeds of one prompt and row, pooled -> (deviation, how many rows have several seeds), or None."""
+    groups = {}
+    for r in runs:
+        groups.setdefault((r["prompt"], r["row"]), []).append(control(r)["gap_closed"])
+    several = [x for x in groups.values() if len(x) > 1]
+    return (math.sqrt(sum(np.var(x, ddof=1) * (len(x) - 1) for x in several) / sum(len(x) - 1 for x in several)), len(several)) if several else None
 
 
 def verdict(x, single=()):
     """What the interval of a difference says of a claim that it is positive. single: the same of each prompt alone; where they contradict each other, the mean says nothing."""
-    if any(low > 0 for _, low, _ in single) and any(high < 0 for _, _, high in single):
+    if not x:
+        return "cannot tell: not run"
+    if any(low > 0 for _, low, *_ in single) and any(high < 0 for _, _, high, *_ in single):
         return "cannot tell: the prompts disagree"
-    return "cannot tell: not run" if not x else "holds here" if x[1] > 0 else "does not hold here" if x[2] < 0 else "cannot tell: the interval holds 0"
+    return ("holds here" if x[1] > 0 else "does not hold here" if x[2] < 0 else "cannot tell: the interval holds 0") + ", on a single seed" * (x[3] == 1)
 
 
 def report(runs, chosen=""):
     """The runs as Markdown. chosen: the settings that results/ablations.sh wrote down beside them."""
     prompts, seeds = [*dict.fromkeys(r["prompt"] for r in runs)], sorted({r["seed"] for r in runs})
+    deviation = seed_deviation(runs)
     rows = sorted({r["row"] for r in runs}, key=lambda row: (row != "full", row))
     rebuilt = dict.fromkeys(re.sub(r"^(cut|summary|llmlingua)-\d+$", r"\1", row) for row in rows)
     lines = ["# Ablations", "", f"Of `ROWS=\"{' '.join(rebuilt)}\" SEEDS=\"{' '.join(map(str, seeds))}\" {chosen}results/ablations.sh` the runs that are finished, by "
              "`python results/table.py`; the rows of a prompt and their seeds stand below, what each row is at the head of",
              "results/ablations.sh. Steps: of stage 1 + of stage 2. KL in nats a token and top-1 are over the answers to the test queries. Gap closed, KL and top-1: means over the seeds; 95% intervals: over queries",
-             f"and seeds{' (one seed: of what another seed would give they know nothing)' if len(seeds) == 1 else ''}. Against full: gap closed minus that of the full method, paired."]
+             "and seeds; where the last column has a 1, over queries alone. Against full: gap closed minus that of the full method, paired, as a share of full's own KL(no prompt) (the block layout has another).",
+             *([f"Between the seeds of a row, gap closed has a standard deviation of {deviation[0]:.3f}, pooled over {deviation[1]} rows: a difference of single seeds below {2 * 2 ** 0.5 * deviation[0]:.2f} may be the seed's."]
+               if deviation else [])]
     for p in prompts:
         of = [r for r in runs if r["prompt"] == p]
         run = min(of, key=lambda r: (r["row"] != "full", r["row"], r["seed"]))
@@ -150,12 +173,14 @@ def report(runs, chosen=""):
     if shared:
         lines += ["", "## Over the prompts", "", "| row | against full, mean over the prompts that both have (95%) | prompts |", "|---|---|---|"]
         lines += [f"| {row} | {show(difference(runs, row, 'full'))} | {', '.join(p for p in prompts if difference(runs, row, 'full', p))} |" for row in shared]
-    lines += ["", "## The paper's claims", "", "Here: a 135M model, these prompts and this budget. *Holds*: the whole interval of the paired difference is on the claim's side, and no prompt's own interval is on the other. The "
+    lines += ["", "## The paper's claims", "", f"Here: {', '.join(sorted({r['model'] for r in runs}))}, these prompts, this budget, and KL to the teacher as the measure, which is also what KD minimises: "
+              "where the paper compares scores of tasks, this is a stand-in. "
+              "*Holds*: the whole interval of the paired difference is on the claim's side, and no prompt's own interval is on the other. The "
               "intervals are over queries and seeds, not over prompts: of another prompt they say nothing.", "",
-              "| claim | difference | mean over prompts (95%) | by prompt | verdict |", "|---|---|---|---|---|"]
+              "| claim | difference | mean over prompts (95%) | by prompt (95%) | verdict |", "|---|---|---|---|---|"]
     for text, a, b in CLAIMS:
         x, single = difference(runs, a, b), {p: d for p in prompts if (d := difference(runs, a, b, p))}
-        lines.append(f"| {text} | {a} - {b} | {show(x)} | {', '.join(f'{p} {d[0]:+.3f}' for p, d in single.items())} | {verdict(x, single.values())} |")
+        lines.append(f"| {text} | {a} - {b} | {show(x)} | {', '.join(f'{p} {show(d)}' for p, d in single.items())} | {verdict(x, single.values())} |")
     kept = {p: np.mean([control(r)["gap_closed"] for r in runs if r["row"] == "full" and r["prompt"] == p]) for p in prompts if any(r["row"] == "full" and r["prompt"] == p for r in runs)}
     if kept:
         lines.append(f"| one vector keeps about 98% of the behaviour | full | gap closed {np.mean([*kept.values()]):.3f} | {', '.join(f'{p} {x:.3f}' for p, x in kept.items())} | "

@@ -221,16 +221,35 @@ def test_a_killed_run_goes_on_to_the_same_file(gsm, folder, command):
 def test_stale_rows_do_not_count(gsm, folder, scripts, checkpoints, command):
     assert command(gsm, *ARGS, "--n", 2).code == 0
     assert "8 answers found, 20 to make" in command(gsm, *ARGS).out                                         # more questions: the first are there
-    assert "0 answers found, 28 to make; 28 rows" in command(gsm, *ARGS, "--max-new-tokens", 9).out
-    assert "0 answers found, 28 to make; 56 rows" in command(gsm, *ARGS, "--dtype", "bf16").out
+    assert "0 answers found, 28 to make; 28 rows" in command(gsm, *ARGS, "--dtype", "bf16").out
     be = torch.load(folder / "chat.pt", weights_only=True)
     scripts.kd.save_artifact("chat.pt", be | {"vector": be["vector"] + 0.01})
-    assert "21 answers found, 7 to make; 63 rows" in command(gsm, *ARGS).out                                # another vector
+    assert "21 answers found, 7 to make; 35 rows" in command(gsm, *ARGS).out                                # another vector
     (folder / "p.json").write_text(json.dumps({"messages": TURNS[:1] + [{"role": "assistant", "content": "11"}]}))
     run = command(gsm, *ARGS)
-    assert "21 answers found, 7 to make; 70 rows" in run.out and "chat.pt was made for another prompt" in run.out       # another full prompt
-    assert len(rows_of(folder / "run/gsm8k.jsonl")) == 98
+    assert "21 answers found, 7 to make; 42 rows" in run.out and "chat.pt was made for another prompt" in run.out       # another full prompt
+    assert len(rows_of(folder / "run/gsm8k.jsonl")) == 70
     assert json.loads((folder / "run/gsm8k.json").read_text())["table"]["chat"]["n"] == 7
+
+
+def test_another_limit_makes_only_the_answers_that_it_changes(gsm, folder, command):
+    """An answer that ended by itself within both limits counts under both; a run with a larger limit gives what a fresh one gives."""
+    out = folder / "run/gsm8k.jsonl"
+    def run(limit):
+        text = command(gsm, *ARGS, "--max-new-tokens", limit).out
+        return int(re.search(r"(\d+) to make", text)[1]), json.loads((folder / "run/gsm8k.json").read_text())["table"]
+    assert run(10)[0] == 28
+    short = rows_of(out)
+    for row in short[::2]:                                                                                  # a tiny model seldom ends by itself: let half of them have ended
+        row |= {"cut": False, "new_tokens": 7}
+    out.write_text("".join(json.dumps(row) + "\n" for row in short))
+    left = sum(r["cut"] for r in short)
+    assert 0 < left <= 14 and run(10)[0] == 0 and run(14)[0] == left and run(14)[0] == 0 and run(10)[0] == 0 and len(rows_of(out)) == 28 + left
+    assert run(6)[0] == 28                                                                                  # none of them fits in 6
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows_of(out) if row["new_tokens"] != 7))
+    made, table = run(14)
+    out.unlink()
+    assert made == 28 - left and {name: (t["correct"], t["cut"]) for name, t in run(14)[1].items()} == {name: (t["correct"], t["cut"]) for name, t in table.items()}
 
 
 def test_artifacts_of_one_name_and_none_at_all(gsm, folder, checkpoints, command):

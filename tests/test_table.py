@@ -58,19 +58,39 @@ def test_a_difference_is_of_the_prompts_and_seeds_that_both_rows_have(table, tmp
     for name, gap in [("pirate.full.s0", 0.4), ("pirate.full.s1", 0.9), ("shop.full.s0", 0.2), ("bank.full.s0", 0.9), ("pirate.kd.s0", 0.5), ("shop.kd.s0", 0.5)]:
         run(tmp_path, name, gap)
     runs = table.read_runs(tmp_path)
-    mean, low, high = table.difference(runs, "full", "kd")                   # pirate -0.1, shop -0.3
-    assert mean == pytest.approx(-0.2) and low <= mean <= high < 0
+    mean, low, high, seeds = table.difference(runs, "full", "kd")            # pirate -0.1, shop -0.3
+    assert mean == pytest.approx(-0.2) and low <= mean <= high < 0 and seeds == 1
     assert table.difference(runs, "full", "kd", "bank") is None and table.difference(runs, "full", "recon") is None
     text = table.report(runs)
-    assert "| reconstruction with [AE] adds to KD | full - kd | -0.200 (-0.200 to -0.200) | pirate -0.100, shop -0.300 | does not hold here |" in text
+    assert "| reconstruction with [AE] adds to KD | full - kd | -0.200 (-0.200 to -0.200) | pirate -0.100 (-0.100 to -0.100), shop -0.300 (-0.300 to -0.300) | does not hold here, on a single seed |" in text
     assert "| KD adds to reconstruction with [AE] | full - recon |  |  | cannot tell: not run |" in text
 
 
 def test_a_verdict_needs_the_whole_interval(table):
-    assert table.verdict((0.1, 0.01, 0.2)).startswith("holds") and table.verdict((-0.1, -0.2, -0.01)).startswith("does not")
-    assert table.verdict((0.1, -0.01, 0.2)) == "cannot tell: the interval holds 0" == table.verdict((-0.1, -0.2, 0.01))
-    assert table.verdict((0.1, 0.01, 0.2), [(0.4, 0.3, 0.5), (-0.2, -0.3, -0.1)]) == "cannot tell: the prompts disagree"
-    assert table.verdict((0.1, 0.01, 0.2), [(0.4, 0.3, 0.5), (-0.2, -0.5, 0.1)]) == "holds here"
+    assert table.verdict((0.1, 0.01, 0.2, 3)) == "holds here" and table.verdict((-0.1, -0.2, -0.01, 3)) == "does not hold here"
+    assert table.verdict((0.1, -0.01, 0.2, 3)) == "cannot tell: the interval holds 0" == table.verdict((-0.1, -0.2, 0.01, 3))
+    assert table.verdict((0.1, 0.01, 0.2, 3), [(0.4, 0.3, 0.5, 3), (-0.2, -0.3, -0.1, 3)]) == "cannot tell: the prompts disagree"
+    assert table.verdict((0.1, 0.01, 0.2, 3), [(0.4, 0.3, 0.5, 3), (-0.2, -0.5, 0.1, 3)]) == "holds here"
+    assert table.verdict((0.1, 0.01, 0.2, 1)) == "holds here, on a single seed"
+
+
+def test_runs_over_other_teacher_answers_are_not_compared(table, tmp_path):
+    """As many answer tokens, but another KL of the default system prompt: the answers were others."""
+    run(tmp_path, "pirate.full.s0", 0.4)
+    run(tmp_path, "pirate.kd.s0", 0.5)
+    runs = table.read_runs(tmp_path)
+    assert table.difference(runs, "full", "kd")[0] == pytest.approx(-0.1)
+    table.control(runs[1], "default system prompt")["kl"] *= 1.05
+    assert table.difference(runs, "full", "kd") is None
+
+
+def test_the_deviation_between_seeds_is_pooled_over_the_rows_that_have_several(table, tmp_path):
+    for name, gap in [("pirate.full.s0", 0.4), ("pirate.full.s1", 0.6), ("shop.kd.s0", 0.1), ("shop.kd.s1", 0.2), ("shop.kd.s2", 0.3), ("shop.full.s0", 0.9)]:
+        run(tmp_path, name, gap)
+    deviation, rows = table.seed_deviation(table.read_runs(tmp_path))        # (0.02 + 2 * 0.01) / 3, in variances times their degrees of freedom
+    assert rows == 2 and deviation == pytest.approx((0.04 / 3) ** 0.5)
+    assert "standard deviation of 0.115, pooled over 2 rows" in table.report(table.read_runs(tmp_path))
+    assert table.seed_deviation([]) is None
 
 
 def test_the_interval_draws_seeds_and_queries(table):

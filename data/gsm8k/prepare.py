@@ -70,8 +70,13 @@ if __name__ == "__main__":
     p.add_argument("--queries", type=int, default=1000, help="training questions for stage 2; 0 is all")
     p.add_argument("--out", type=Path, default=HERE, help="where the files go; default: this folder")
     args = p.parse_args()
+    if args.queries < 0:
+        fail(f"--queries: expected a number from 0, found {args.queries}")
     splits = {split: checked(local(args.folder, split) if args.folder else hub(split), split) for split in SIZES}       # both are checked before either is written
-    args.out.mkdir(parents=True, exist_ok=True)
-    for split, rows in splits.items():
-        write(args.out / f"{split}.jsonl", rows)
-    write(args.out / "queries.jsonl", [{"query": WORDING.format(question=row["question"].strip())} for row in splits["train"][:args.queries or None]])
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        for split, rows in splits.items():
+            write(args.out / f"{split}.jsonl", rows)
+        write(args.out / "queries.jsonl", [{"query": WORDING.format(question=row["question"].strip())} for row in splits["train"][:args.queries or None]])
+    except OSError as e:
+        fail(f"--out {args.out}: cannot be written ({e.strerror}); give another --out")

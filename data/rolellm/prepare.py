@@ -22,7 +22,7 @@ TEMPLATE = ("You are {role}, your description is: {description} Now please answe
 
 
 def rows(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def fetch(folder):
