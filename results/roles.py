@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
+OTHERS = ["no system block at all", "default system prompt"]                              # what else stands where there is no prompt: the gap closed against each
 
 
 def timed(command, log):
@@ -40,15 +41,16 @@ def commands_of(role, k, args):
 def report(rows):
     """The rows as a table, with means over roles."""
     lines = ["| role | k | [BE] gap closed (95%) | against no system block | against the default one | held-out gap closed | KL full / [BE] / none / random | top-1 | n | stages 1 + 2, s | peak GB |", "|" + "---|" * 11]
+    means = {}
     for r in rows:
         c = {name.split(",")[0].split(" (")[0].rstrip("s"): row for name, row in r["controls"].items()}
-        be, others = c["[BE]"], " | ".join(f"{1 - c['[BE]']['kl'] / c[name]['kl']:.3f}" for name in ("no system block at all", "default system prompt"))
+        be, others = c["[BE]"], " | ".join(f"{1 - c['[BE]']['kl'] / c[name]['kl']:.3f}" for name in OTHERS)
         kl = " / ".join(f"{c[name]['kl']:.3f}" for name in ("full prompt", "[BE]", "no prompt", "random vector"))
         lines.append(f"| {r['role']} | {r['k']} | {be['gap_closed']:.3f} ({be['gap_closed_95'][0]:.3f} to {be['gap_closed_95'][1]:.3f}) | {others} | {r['held_out_gap_closed']:.3f} | {kl} | "
                      f"{be['top1']:.1%} | {be['n']} | {r['seconds'][0]:.0f} + {r['seconds'][1]:.0f} | {max(r['peak_gb']):.2f} |")
-    for k in sorted({r["k"] for r in rows}):
-        gaps = [next(v["gap_closed"] for name, v in r["controls"].items() if name.startswith("[BE]")) for r in rows if r["k"] == k]
-        lines.append(f"| **mean of {len(gaps)}** | {k} | **{sum(gaps) / len(gaps):.3f}** |" + " |" * 8)
+        means.setdefault(r["k"], []).append([be["gap_closed"], *(1 - be["kl"] / c[name]["kl"] for name in OTHERS)])
+    for k, gaps in sorted(means.items()):
+        lines.append(f"| **mean of {len(gaps)}** | {k} | " + " | ".join(f"**{sum(x) / len(x):.3f}**" for x in zip(*gaps)) + " |" * 7)
     return "\n".join(lines) + "\n"
 
 

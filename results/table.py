@@ -77,7 +77,7 @@ def keep(runs, chosen, path):
     try:
         rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()] if Path(path).exists() else []
         merged = {(r["prompt"], r["row"], r["seed"]): r for r in rows}
-        other = {r["settings"] for r in rows} - {chosen} if chosen else {}
+        other = {r["settings"] for r in rows} - {chosen} if chosen else set()
     except (OSError, ValueError, KeyError, TypeError) as e:
         fail(f"{path}: expected a run of results/ablations.sh in each line ({type(e).__name__}: {e}); restore it, or give another --out")
     if other:
