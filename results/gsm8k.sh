@@ -8,7 +8,8 @@
 # Needs data/gsm8k/prepare.py and data/ae_corpus/prepare.py. A run that was killed goes on: start it again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-MODEL=${1:?usage: results/gsm8k.sh MODEL, a folder or hub name of a model that solves GSM8K}
+MODEL=${1:-}
+[ -n "$MODEL" ] || { echo "usage: results/gsm8k.sh MODEL, a folder or hub name of a model that solves GSM8K" >&2; exit 2; }
 PYTHON=${PYTHON:-.venv/bin/python}
 OUT=${OUT:-out/gsm8k}
 PROMPT=prompts/gsm8k_8shot.json
