@@ -12,7 +12,7 @@ Reads   the artifacts, and the model that they name. The prompt's text does not 
 Writes  --out, a folder of safetensors, tokenizer, chat template and configs, with nanobe.json, which lists its learned tokens. It is written beside its place,
         checked against the base bit by bit, and renamed.
 Expect  the default model: 20 s on one core, 330 MB: a tied head is untied, so the table is there twice. The largest probability that the token has anywhere in
-        held-out text is printed.
+        some text is printed.
 
 Layout chat keeps the stock chat template. Layout block ships a frame around it: a system message that is the token alone takes the place of the whole system block.
 k > 1 vectors are k tokens, <|be:NAME:0|> and so on; the template writes them out where the system message has <|be:NAME|>.
@@ -53,7 +53,7 @@ def settings():
     add("--dtype",          default="base", choices=["base", "bf16", "fp32"], help="of the written weights; base: as the model's folder has them")
     add("--trust-remote-code", action="store_true", help="run the model code that a hub repository ships; off: none but that of transformers")
     add("--text",           default=None, nargs="+",  help="text files over which the tokens' probability is measured. Default: the reference pages that come with Python")
-    add("--pieces",         type=number(int, 1), default=32,       help="how many pieces of 120 words to measure it on; half as many others make the head's row where the vocabulary is tiny")
+    add("--pieces",         type=number(int, 1), default=32,       help="how many pieces of 120 words to measure it on")
     add("--bound",          type=number(float, 0, 1), default=1e-3, help="a larger probability of a learned token, anywhere in that text, is an error")
     add("--overwrite",      action="store_true",      help="replace --out, if it is an export of this script, or the .json")
     p.error = lambda message: fail(f"{message}; see --help")
@@ -262,11 +262,39 @@ def text_pieces(paths, count):
     return [pieces[i * len(pieces) // count] for i in range(count)] if count < len(pieces) else pieces
 
 
-@torch.no_grad()
-def last_hidden(model, rows, learned):
-    """Yield the last hidden states (T, d) of each row, a list of ids with slots for learned (n, d)."""
-    for row in rows:
-        yield model.get_decoder()(inputs_embeds=embed(model, torch.tensor([row]), learned), use_cache=False).last_hidden_state[0]
+def write_message(out, tmp, be, name):
+    """--prompt-embeds: the system message that holds [BE] itself, as a .json file. name: of the base model, for the hint."""
+    file = io.BytesIO()
+    torch.save(be["vector"].clone(), file)                                                          # (k, d) fp32; the server casts it
+    message = {"role": "system", "content": [{"type": "prompt_embeds", "data": base64.b64encode(file.getvalue()).decode()}]}
+    if out.is_dir():
+        fail(f"--prompt-embeds {out}: expected a file to write, found a folder")
+    try:
+        tmp.write_text(json.dumps(message) + "\n", encoding="utf-8")
+        os.replace(tmp, out)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            tmp.unlink()
+        fail(f"{out}: cannot be written: {e.strerror or e}; nothing there has changed")
+    print(f"wrote {out}: a system message of {len(be['vector'])} vector(s) of {be['model']['d']} numbers, for {be['model']['name']}\n"
+          f"serve:  python -m vllm.entrypoints.openai.api_server --model {name} --enable-prompt-embeds")
+
+
+def check_weights(folder, base, learned, ids):
+    """What is on disk, against the base, bit by bit: the rows `ids` of table and head are the learned ones, every other weight is the base's -> how many old rows a table has."""
+    old_rows, whole = 0, 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safetensors.safe_open(file, "pt") as f:
+            for key in f.keys():
+                old, new = base[key], f.get_tensor(key)
+                if key in learned:
+                    kept = torch.tensor([i not in set(ids) for i in range(len(new))])
+                    assert torch.equal(new[ids], learned[key].to(new.dtype)), f"{key}: not the rows that were learned"
+                    old, new, old_rows = old[kept[:len(old)]], new[kept], int(kept.sum())
+                assert old.dtype == new.dtype and torch.equal(old.view(torch.uint8), new.view(torch.uint8)), f"{key} differs from the base"
+                whole += 1
+    assert whole == len(base), "a weight is missing"
+    return old_rows
 
 
 def main():
@@ -276,7 +304,7 @@ def main():
     if bool(args.out) == bool(args.prompt_embeds):
         fail("expected one of --out FOLDER (a checkpoint) and --prompt-embeds FILE (a message)")
     artifacts = [load_artifact(path, "be", None, None, maker) for path in args.be]
-    names = token_names(args.be, artifacts, args.names)
+    names, source = token_names(args.be, artifacts, args.names), args.model or artifacts[0]["model"]["name"]
     tmp, aside, lock = Path(f"{out}.tmp"), Path(f"{out}.tmp.old"), filelock.FileLock(f"{out}.lock")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -294,32 +322,19 @@ def main():
     if args.prompt_embeds:                              # the server puts its chat template around the message: layout chat, and no other
         if len(artifacts) > 1 or artifacts[0]["layout"] != "chat":
             fail(f"--prompt-embeds: expected one artifact of layout chat, found {len(artifacts)}, the first of layout {artifacts[0]['layout']}; block needs --out")
-        file = io.BytesIO()
-        torch.save(artifacts[0]["vector"].clone(), file)                                            # (k, d) fp32; the server casts it
-        message = {"role": "system", "content": [{"type": "prompt_embeds", "data": base64.b64encode(file.getvalue()).decode()}]}
-        if out.is_dir():
-            fail(f"--prompt-embeds {out}: expected a file to write, found a folder")
-        try:
-            tmp.write_text(json.dumps(message) + "\n", encoding="utf-8")
-            os.replace(tmp, out)
-        except OSError as e:
-            with contextlib.suppress(OSError):
-                tmp.unlink()
-            fail(f"{out}: cannot be written: {e.strerror or e}; nothing there has changed")
+        write_message(out, tmp, artifacts[0], source)
         lock.release()
-        print(f"wrote {out}: a system message of {len(artifacts[0]['vector'])} vector(s) of {artifacts[0]['model']['d']} numbers, for {artifacts[0]['model']['name']}\n"
-              f"serve:  python -m vllm.entrypoints.openai.api_server --model {args.model or artifacts[0]['model']['name']} --enable-prompt-embeds")
         return
 
     if out.exists() and not (out / "nanobe.json").exists():
         fail(f"--overwrite: {out} is no export of this script (it has no nanobe.json), so it stays; give another name")
-    model, tokenizer = load_frozen(args.model or artifacts[0]["model"]["name"], torch.device("cpu"), "auto", "sdpa", args.trust_remote_code)
+    model, tokenizer = load_frozen(source, torch.device("cpu"), "auto", "sdpa", args.trust_remote_code)
     for path in args.be:
         load_artifact(path, "be", fingerprint(model), model.get_input_embeddings().weight.shape[1], maker)      # now that the model is known
     stored = model.dtype
     model.to({"base": stored, "bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype])
     base, rows, d = model.state_dict(), *model.get_input_embeddings().weight.shape
-    print(f"base: {args.model or artifacts[0]['model']['name']}, {rows} rows of {d}, {str(stored)[6:]}, written as {str(model.dtype)[6:]}")
+    print(f"base: {source}, {rows} rows of {d}, {str(stored)[6:]}, written as {str(model.dtype)[6:]}")
 
     # what the layouts feed, with the tokenizer and template as they are
     vectors, slots, probes = torch.cat([be["vector"] for be in artifacts]), [], []                   # (n, d) fp32
@@ -350,29 +365,22 @@ def main():
         bos = next((tokenizer.bos_token for be, p in zip(artifacts, probes) if be["layout"] == "block" and p[0][0] >= 0), "")
         tokenizer.chat_template = frame(tokenizer.get_chat_template(), {name: "".join(w) for name, w in zip(names, words)}, blocks, bos, after)
 
-    # the head's new rows; text that they were not made from shows the largest probability that they give
     def grown(old, new):
         grown = torch.cat([old, old.new_zeros(total - rows, d)])                                     # (V', d)
         grown[ids] = new.to(old.dtype)
         return grown
 
-    pieces = text_pieces(args.text, args.pieces + args.pieces // 2)
-    chat = []
+    weight = model.get_output_embeddings().weight
+    head = grown(weight, weight.float().mean(0))                                                     # the mean row gives the mean logit: at most 1/V of the probability after any text (Jensen)
+    pieces, found, seen = text_pieces(args.text, args.pieces), [], 0
     for i, piece in enumerate(pieces):                                                               # the first 30 words are the question, the rest is the answer
         be, slot, ask = artifacts[i % len(slots)], slots[i % len(slots)], {"role": "user", "content": " ".join(piece[:30])}
-        chat.append(layout_ids(tokenizer, be["layout"], slot, [ask]) + text_ids(tokenizer, " ".join(piece[30:])))
-    some, other = chat[:max(1, len(chat) // 3)], chat[max(1, len(chat) // 3):]
-    weight = model.get_output_embeddings().weight
-    if len(ids) / len(weight) < args.bound:
-        repel = weight.float().mean(0)                                                               # the mean row gives the mean logit: at most 1/V of the probability after any text (Jensen)
-    else:                                                                                            # a tiny V: away from the mean last hidden state u, to a logit near -20
-        u = torch.cat([h.float() for h in last_hidden(model, some, vectors)]).mean(0)                # (d,)
-        repel = -20 * u / (u @ u)
-    head = grown(weight, repel)
-    largest, seen = 0.0, sum(map(len, other))
-    for h in last_hidden(model, other, vectors):
-        largest = max(largest, torch.softmax((h @ head.T).float(), -1)[:, ids].sum(-1).max().item())
-    print(f"the learned token{'s' * (len(ids) > 1)} at {seen} held-out positions of {len(other)} chats: probability at most {largest:.1e}")
+        row = layout_ids(tokenizer, be["layout"], slot, [ask]) + text_ids(tokenizer, " ".join(piece[30:]))
+        hidden = model.get_decoder()(inputs_embeds=embed(model, torch.tensor([row]), vectors), use_cache=False).last_hidden_state[0]       # (T, d)
+        found.append(torch.softmax((hidden @ head.T).float(), -1)[:, ids].sum(-1).max())
+        seen += len(row)
+    largest = torch.stack(found).max().item()                                                        # NaN if one of them is
+    print(f"the learned token{'s' * (len(ids) > 1)} at {seen} positions of {len(pieces)} chats: probability at most {largest:.1e}")
     if not largest <= args.bound:
         fail(f"a learned token has a probability of {largest:.1e} in --text, above --bound {args.bound:g}, so the model would say it; nothing was written; use --prompt-embeds")
 
@@ -381,7 +389,7 @@ def main():
     config.update({"vocab_size": total, "tie_word_embeddings": False, "architectures": [type(model).__name__], "dtype": model.dtype})
     generation.suppress_tokens, generation._from_model_config = ids, False                           # transformers honours it; vLLM does not, hence the head's rows
     about = {"base": artifacts[0]["model"], "export": VERSION, "largest_probability": largest, "positions": seen, "tokens": {
-        name: {"ids": [ids[-1 - i] for i in slot], "layout": be["layout"], "stands_for_tokens": be["prompt"].get("tokens"), "prompt_sha256": be["prompt"].get("sha256")}
+        name: {"ids": [ids[-1 - i] for i in slot], "layout": be["layout"], "stands_for_tokens": be["prompt"]["tokens"], "prompt_sha256": be["prompt"].get("sha256")}
         for name, slot, be in zip(names, slots, artifacts)}}
     try:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -394,18 +402,7 @@ def main():
             raise OSError(getattr(e, "strerror", None) or e)
         (tmp / "nanobe.json").write_text(json.dumps(about, indent=2) + "\n")
 
-        # what is on disk, against the base
-        kept, whole = torch.tensor([i not in set(ids) for i in range(total)]), 0
-        for file in sorted(tmp.glob("*.safetensors")):
-            with safetensors.safe_open(file, "pt") as f:
-                for key in f.keys():
-                    old, new = base[key], f.get_tensor(key)
-                    if key in ("model.embed_tokens.weight", "lm_head.weight"):
-                        assert torch.equal(new[~kept], (vectors if "embed" in key else head[ids]).to(new.dtype)), f"{key}: not the rows that were learned"
-                        old, new = old[kept[:rows]], new[kept]
-                    assert old.dtype == new.dtype and torch.equal(old.view(torch.uint8), new.view(torch.uint8)), f"{key} differs from the base"
-                    whole += 1
-        assert whole == len(state), "a weight is missing"
+        old_rows = check_weights(tmp, base, {"model.embed_tokens.weight": vectors, "lm_head.weight": head[ids]}, ids)
         read = transformers.AutoTokenizer.from_pretrained(tmp)
         for name, probe in zip(names, probes):
             for turns, want in zip(chats, probe):
@@ -429,9 +426,9 @@ def main():
         shutil.rmtree(tmp, ignore_errors=True)
         lock.release()
     exact = "" if model.dtype in (stored, torch.float32) else f", rounded to {str(model.dtype)[6:]}"
-    print(f"{out}: {len(base) - 2} tensors of the body and {int(kept[:rows].sum())} old rows of both table and head are bit-identical to the base{exact}; new: rows {ids}\n")
+    print(f"{out}: {len(base) - 2} tensors of the body and {old_rows} old rows of both table and head are bit-identical to the base{exact}; new: rows {ids}\n")
     for name, be, path in zip(names, artifacts, args.be):
-        print(f"{name}  in place of {be['prompt'].get('tokens')} tokens, layout {be['layout']}, from {path}")
+        print(f"{name}  in place of {be['prompt']['tokens']} tokens, layout {be['layout']}, from {path}")
     question = [{"role": "system", "content": names[0]}, {"role": "user", "content": "How do I cook rice?"}]
     body = json.dumps({"model": str(out), "messages": question, "temperature": 0, "max_tokens": 60})
     print(f"\nserve:  python -m vllm.entrypoints.openai.api_server --model {out} --port 8000\n"

@@ -13,6 +13,7 @@
 #     memory, recon              without / with [AE]     -                         measured only; all steps are stage 1's
 #     kd                         -                       lambda 1, from noise
 #     memory-kd                  recon without [AE]      lambda 0.9, no [AE] in its L_recon either
+#     long, memory-long          as full, memory-kd with ten times STEPS in stage 1: what stage 1 gives where it has the time. No equal budget
 #     tuning-gold, -teacher      -                       cross-entropy on gold answers, on the teacher's (prompt tuning), from noise
 #     kd-gold                    -                       lambda 1, from noise, along gold answers
 #     lam-0, -10, -50, -100      recon with [AE]         lambda 0, 0.1, 0.5, 1 (full is 0.9)
@@ -21,7 +22,7 @@
 #     length                     as full, for the prompts of LENGTHS: with PROMPTS they have about 100, 250, 360, 940, 1,700 and 3,100 tokens
 #     cut, summary, llmlingua    results/baselines.py: what a user would pick instead; nothing is learned, so for the first seed only
 #
-# Equal budget: STEPS optimizer steps in all, a quarter of them in stage 1 where a row has one. prompts/support.txt has no gold answers: tuning-gold and kd-gold leave it out. All queries of a prompt
+# Equal budget, but for the rows long: STEPS optimizer steps in all, a quarter of them in stage 1 where a row has one. prompts/support.txt has no gold answers: tuning-gold and kd-gold leave it out. All queries of a prompt
 # come from one .jsonl, so all its runs of one seed read one teacher file. prompts/styleguide.txt has no questions: the model is asked for them once, and the last TESTS are kept for test.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -34,7 +35,7 @@ STEPS=${STEPS:-100}
 SEEDS=${SEEDS:-0 1 2}
 PROMPTS=${PROMPTS:-data/rolellm/Jack_Sparrow.txt prompts/support.txt prompts/gsm8k_8shot.json}
 LENGTHS=${LENGTHS-$OUT/pirate100.txt prompts/pirate.txt prompts/styleguide.txt}
-ROWS=${ROWS:-full kd memory recon memory-kd tuning-gold tuning-teacher kd-gold k-2 k-4 k-8 lam-0 lam-10 lam-50 lam-100 block length cut summary llmlingua}
+ROWS=${ROWS:-full kd memory recon memory-kd long memory-long tuning-gold tuning-teacher kd-gold k-2 k-4 k-8 lam-0 lam-10 lam-50 lam-100 block length cut summary llmlingua}
 QUERIES=${QUERIES:-120}                                       # questions of a prompt, with those held out
 TESTS=${TESTS:-32}
 STAGE1=${STAGE1:-}                                            # more options for stage1_recon.py and stage2_kd.py, the same for all rows
@@ -47,7 +48,7 @@ fail() { echo "ablations.sh: $1" >&2; exit 2; }
 case $STEPS in ''|*[!0-9]*|0|1) fail "STEPS: expected a whole number from 2, found '$STEPS'";; esac
 for seed in $SEEDS; do case $seed in *[!0-9]*) fail "SEEDS: expected whole numbers, found '$seed'";; esac; done
 for row in $ROWS; do
-    case $row in full|kd|memory|recon|memory-kd|tuning-gold|tuning-teacher|kd-gold|k-[0-9]*|lam-[0-9]*|block|length|cut|summary|llmlingua) ;; *) fail "ROWS: there is no row $row; the rows are in the head of this file";; esac
+    case $row in full|kd|memory|recon|memory-kd|long|memory-long|tuning-gold|tuning-teacher|kd-gold|k-[0-9]*|lam-[0-9]*|block|length|cut|summary|llmlingua) ;; *) fail "ROWS: there is no row $row; the rows are in the head of this file";; esac
 done
 mkdir -p "$OUT"
 chosen="MODEL=$MODEL${AE:+ AE=$AE} STEPS=$STEPS QUERIES=$QUERIES TESTS=$TESTS STAGE1=\"$STAGE1\" STAGE2=\"$STAGE2\""
@@ -143,6 +144,8 @@ for seed in $SEEDS; do
                 k-*)            both "$row" "$row" "--k ${row#k-}" ;;
                 block)          both block block "--layout block" ;;
                 memory-kd)      both memory-kd memory-start "--ae none" --ae none ;;
+                long)           both long long "--steps $((10 * STEPS))" ;;
+                memory-long)    both memory-long memory-long "--ae none --steps $((10 * STEPS))" --ae none ;;
                 memory)         stage1 memory "$STEPS" --ae none; measure memory ;;
                 recon)          stage1 recon "$STEPS"; measure recon ;;
                 kd)             stage2 kd --init random --lam 1 --steps "$STEPS" ;;

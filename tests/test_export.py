@@ -35,27 +35,17 @@ def export():
     return load_script("export")
 
 
-def leaning(source, folder, tied, spare):
-    """A tiny model like `source`, all of whose hidden states lean one way, as those of trained models do: else no output row would keep a token from being said.
-
-    The lean has a coordinate of its own, the first, which no layer reads or writes; so what the layers do, and say, depends on the text.
-    """
+def confident(source, folder, tied, spare):
+    """A tiny model like `source`, with logits as far apart as those of trained models are: in a flat model the mean logit has a probability near 1/V, which is 0.002 here."""
     config = transformers.AutoConfig.from_pretrained(source)
     config.update({"tie_word_embeddings": tied, "vocab_size": config.vocab_size + spare})
     torch.manual_seed(1)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        model.get_output_embeddings().weight[:, 0] = 0
-        model.get_input_embeddings().weight[:, 0] = 3
-        model.model.norm.weight *= 2
-        model.model.norm.weight[0] *= 8
-        for layer in model.model.layers:
+        model.model.norm.weight *= 8
+        for layer in model.model.layers:                                    # so that what it says depends on the text
             layer.input_layernorm.weight *= 4
             layer.post_attention_layernorm.weight *= 4
-            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-                norm.weight[0] = 0
-            for out in (layer.self_attn.o_proj, layer.mlp.down_proj):
-                out.weight[0] = 0
     model.to(config.dtype).save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return folder
@@ -83,7 +73,7 @@ def case(request, export, scripts, checkpoints, tmp_path_factory):
     """One export in fp32, opened by plain transformers, beside its base."""
     kind, tied, spare, layout, k = CASES[request.param]
     folder = tmp_path_factory.mktemp(request.param)
-    base = leaning(checkpoints[kind], folder / "base", tied, spare)
+    base = confident(checkpoints[kind], folder / "base", tied, spare)
     be = torch.load(save_be(folder / "be.pt", scripts, base, layout, k), weights_only=True)
     run_export(export, folder / "be.pt", "--out", folder / "served", "--dtype", "fp32", "--pieces", 4)
     model, tokenizer = scripts.infer.load_frozen(str(base), CPU, torch.float32, "eager")
@@ -133,7 +123,7 @@ def test_the_learned_token_is_never_near_the_top(case):
         ids = fed(case, [{"role": "user", "content": q}]) + case.read(" ".join(SENTENCES), add_special_tokens=False)["input_ids"]
         with torch.no_grad():
             p = torch.softmax(case.served(torch.tensor([ids])).logits[0], -1)
-        assert p[:, new].max() < 1e-3 and not set(p.argmax(-1).tolist()) & set(new)
+        assert p[:, new].sum(-1).max() < 1e-3 and not set(p.argmax(-1).tolist()) & set(new)
 
 
 def test_every_old_weight_is_as_it_was(case):
@@ -202,9 +192,9 @@ def test_what_is_printed_serves_it(export, scripts, command, case, tmp_path):
 
 @pytest.fixture(scope="module")
 def shelf(export, scripts, checkpoints, tmp_path_factory):
-    """A folder of artifacts: a (chat, k 1), b (block, k 2), c (chat, another model), flat (random hidden states), ae."""
+    """A folder of artifacts: a (chat, k 1), b (block, k 2), c (chat, another model), flat (a model with flat logits), ae."""
     folder = tmp_path_factory.mktemp("shelf")
-    base, other = leaning(checkpoints["smol"], folder / "base", True, 0), leaning(checkpoints["llama3"], folder / "other", False, 0)
+    base, other = confident(checkpoints["smol"], folder / "base", True, 0), confident(checkpoints["llama3"], folder / "other", False, 0)
     save_be(folder / "a.pt", scripts, base, "chat", 1)
     save_be(folder / "b.pt", scripts, base, "block", 2, prompt="x/b.json", seed=1)
     save_be(folder / "c.pt", scripts, other, "chat", 1)
@@ -253,7 +243,7 @@ REFUSED = {                                                                 # ca
     "too few names": (["a.pt", "b.pt", "--out", "new", "--names", "a"], ["--names: expected one for each of 2 artifacts, found 1"]),
     "a name with a sign": (["a.pt", "--out", "new", "--names", "A|>"], ["--names 'A|>'", "try a"]),
     "a probability": (["a.pt", "--out", "new", "--bound", "0", "--pieces", "2"], ["above --bound 0", "nothing was written"]),
-    "a model that does not lean": (["flat.pt", "--out", "new", "--pieces", "2"], ["in --text, above --bound 0.001, so the model would say it"]),
+    "a model with flat logits": (["flat.pt", "--out", "new", "--pieces", "2"], ["in --text, above --bound 0.001, so the model would say it"]),
     "no text": (["a.pt", "--out", "new", "--text", "nowhere.txt"], ["--text: expected text files"]),
     "little text": (["a.pt", "--out", "new", "--text", "little.txt"], ["expected at least 240 words, found 3"]),
     "a place that cannot be": (["a.pt", "--out", "a.pt/new", "--pieces", "2"], ["a.pt/new: cannot be written: "]),
@@ -280,7 +270,7 @@ def test_a_mistake_is_refused_in_one_line_and_leaves_nothing(name, export, shelf
 
 
 def test_a_token_that_the_model_has_already_is_refused(export, scripts, shelf, tmp_path, command):
-    folder = leaning(shelf / "base", tmp_path / "base", True, 3)
+    folder = confident(shelf / "base", tmp_path / "base", True, 3)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<|be:a|>"], special_tokens=True)
     tokenizer.save_pretrained(folder)
@@ -293,7 +283,7 @@ def test_a_token_that_the_model_has_already_is_refused(export, scripts, shelf, t
 
 def test_a_tokenizer_with_more_ids_than_the_table_has_rows_is_refused(export, scripts, shelf, tmp_path, command):
     """Else the rows between would be padding, with logit 0."""
-    folder = leaning(shelf / "base", tmp_path / "base", True, 0)
+    folder = confident(shelf / "base", tmp_path / "base", True, 0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<|x|>", "<|y|>"], special_tokens=True)
     tokenizer.save_pretrained(folder)

@@ -20,7 +20,7 @@ import torch
 from conftest import SENTENCES, load_script
 from test_cli import TINY
 from test_eval_faults import QUESTIONS
-from test_export import leaning
+from test_export import confident
 from test_faults import COUNT, Fault, Gate, finish, launch
 
 pytestmark = pytest.mark.slow
@@ -81,7 +81,7 @@ def material(checkpoints, scripts, tmp_path_factory):
     """A folder that every run begins in a copy of; and for each case, over nothing and over an older run: the folder as it was, what stands in it, the writes, and what they make."""
     folder = tmp_path_factory.mktemp("outputs")
     (folder / "out").mkdir()
-    base = leaning(checkpoints["smol"], folder.with_name("leaning"), True, 0)
+    base = confident(checkpoints["smol"], folder.with_name("confident"), True, 0)
     model, _ = scripts.kd.load_frozen(str(base), torch.device("cpu"), torch.float32, "eager")
     prompts = {"be.pt": "Count the apples.", "role.pt": load_script("eval_rolellm").TEMPLATE.format(role=ROLE, description=DESCRIPTION)}
     table = model.get_input_embeddings().weight
