@@ -174,9 +174,9 @@ class TokenLoss(torch.autograd.Function):
             z, t = (hidden[i:i + chunk] @ weight.T).float().div_(tau), target[i:i + chunk]          # (c, V)
             norm = z.logsumexp(-1, keepdim=True)                                                    # (c, 1)
             if t.dtype == torch.int64:                                      # a token id: q is one-hot, the negative log-likelihood
-                losses.append((norm - z.gather(1, t[:, None]))[:, 0])
+                losses.append(tau ** 2 * (norm - z.gather(1, t[:, None]))[:, 0])
                 delta = z.sub_(norm).exp_().scatter_add_(1, t[:, None], -torch.ones_like(norm))
-                grad[i:i + chunk] = delta.to(weight.dtype) @ weight
+                grad[i:i + chunk] = (delta.to(weight.dtype) @ weight).mul_(tau)
             else:                                                           # the head's mean row under q: sum_v q_v z_v is one dot product, and sum_v q_v W_v is t itself
                 losses.append(tau ** 2 * (norm[:, 0] - (hidden[i:i + chunk].float() * t.float()).sum(-1) / tau))
                 grad[i:i + chunk] = (z.sub_(norm).exp_().to(weight.dtype) @ weight).float().sub_(t).mul_(tau)
@@ -576,6 +576,7 @@ def time_to_quality(c):
     random.Random(args.seed).shuffle(c.queries)
     n = min(32, max(1, round(len(c.queries) * 0.15)))
     full, be_rows = examples(c, args.prompt, len(c.queries))
+    attend(c, len(full[0]))                                                                          # as stage 2 does
     empty = [[x for x in row if x >= 0] for row in be_rows[:n]]
     answers, hidden = teacher(c, full[:n])
 
@@ -628,7 +629,7 @@ def step_throughput(c):
     def bound():
         h = body(inputs_embeds=embeds, use_cache=False).last_hidden_state
         torch.autograd.grad(h, embeds, torch.ones_like(h))
-        return tokens
+        return ids.numel()
 
     return pairs([("training step", "tokens a second", "high")], {"stage 2 step": lambda: rate(c.device, step), "bare body": lambda: rate(c.device, bound)}, 4 * args.repeats, warm=1,
                  batch=args.batch, micro_batch=args.micro_batch, tokens=tokens, answer_tokens=sum(map(len, answers)))

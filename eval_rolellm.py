@@ -335,7 +335,12 @@ def train(args, role):
         options += ["--device", args.device, "--dtype", args.dtype] + ["--trust-remote-code"] * args.trust_remote_code + ["--resume"] * os.path.exists(out)
         command = [sys.executable, str(HERE / script), *options]
         print("$", shlex.join(command), flush=True)
-        if code := subprocess.run(command).returncode:
+        with subprocess.Popen(command) as child:
+            try:
+                code = child.wait()
+            finally:
+                child.terminate()                       # told to stop: the stage finishes its step and saves; run() would kill it
+        if code:
             fail(f"{script} ended with exit code {code} for {base}.txt; what it said stands above. The same command again goes on from there")
 
 

@@ -28,7 +28,7 @@ import transformers
 def settings():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("--query",          default=None, nargs="+", help="a question, or several, each on its own; without it, a chat")
+    add("--query",          default=[],   nargs="+", help="a question, or several, each on its own; without it, a chat")
     add("--be",             default="out/be.pt", help="the artifact of stage 1 or 2")
     add("--model",          default="",          help="hub name or folder; default: the one that the artifact names")
     add("--compare",        action="store_true", help="answer with the full prompt, [BE] and no prompt; needs --query")
@@ -226,26 +226,27 @@ def answer(model, ids, learned, stop, limit, temperature, rng):
 
 def stream(tokenizer, tokens):
     """Print tokens as they come, in whole characters -> (text, how many, seconds to the first, seconds in all)."""
-    started, first, said, shown = time.perf_counter(), None, [], ""
+    started, first, total, said, shown = time.perf_counter(), 0.0, 0.0, [], ""
     for token in tokens:
-        first = first or time.perf_counter() - started
+        total = time.perf_counter() - started                                                       # at the last token, not after the pass that follows it
+        first = first or total
         said.append(token)
         text = tokenizer.decode(said, skip_special_tokens=True)
         if not text.endswith("\ufffd"):                                                             # a character may take more than one token
             print(text[len(shown):], end="", flush=True)
             shown = text
-    text, total = tokenizer.decode(said, skip_special_tokens=True), time.perf_counter() - started
+    text = tokenizer.decode(said, skip_special_tokens=True)
     print(text[len(shown):])
-    return text.strip(), len(said), first or total, total
+    return text.strip(), len(said), first, total
 
 
 def main():
     args = settings()
-    if args.compare and args.query is None:
+    if args.compare and not args.query:
         fail("--compare needs --query \"...\"")
-    if not all(q.strip() for q in args.query or ["?"]):
+    if not all(q.strip() for q in args.query):
         fail("--query is empty; expected a question")
-    if any("\ud800" <= c <= "\udfff" for q in args.query or [] for c in q):
+    if any("\ud800" <= c <= "\udfff" for q in args.query for c in q):
         fail("--query: expected UTF-8 text, found bytes that are not")
     maker = "python stage1_recon.py --prompt prompts/pirate.txt, then python stage2_kd.py --prompt prompts/pirate.txt"
     be = load_artifact(args.be, "be", None, None, maker)
@@ -261,21 +262,17 @@ def main():
     if room < 64:
         fail(f"--max-new-tokens: expected at most {room + args.max_new_tokens - 64} (the model's context less 64 for a question), found {args.max_new_tokens}")
 
-    def fed(ids):
-        """The layout that is really fed, with the slot shown as it is."""
-        text = "".join(tokenizer.decode([i]) if i >= 0 else f"[BE{'' if len(slot) == 1 else -i}]" for i in ids)
-        return f"{text!r}\n[BE] stands for {prompt['tokens']} tokens; {len(ids)} tokens are in context"
-
     def check(ids):
         if len(ids) > room:
             fail(f"expected at most {room} tokens of context (the model's {room + args.max_new_tokens} less --max-new-tokens), found {len(ids)}; shorten the question")
         return ids
 
-    for query in args.query or []:
+    for query in args.query:
         turns = [{"role": "user", "content": query}]
         ids = check(layout_ids(tokenizer, layout, slot, turns))
         columns = {"[BE]": ids}
-        print(fed(ids) + "\n")
+        shown = "".join(tokenizer.decode([i]) if i >= 0 else f"[BE{'' if len(slot) == 1 else -i}]" for i in ids)     # the layout that is really fed, the slot as it is
+        print(f"{shown!r}\n[BE] stands for {prompt['tokens']} tokens; {len(ids)} tokens are in context\n")
         if args.compare:
             columns = {"full prompt": check(chat_ids(tokenizer, prompt["messages"] + turns)), "[BE]": ids, "no prompt": layout_ids(tokenizer, layout, [], turns)}
             for row in columns.values():                                                            # the first pass of a shape is slow; it is not what is compared
@@ -312,4 +309,5 @@ def main():
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda number, frame: sys.exit(128 + number))
+    sys.stdin.reconfigure(errors="replace")                 # in a chat, bytes that are not UTF-8
     main()

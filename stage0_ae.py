@@ -159,9 +159,9 @@ class TokenLoss(torch.autograd.Function):
             z, t = (hidden[i:i + chunk] @ weight.T).float().div_(tau), target[i:i + chunk]          # (c, V)
             norm = z.logsumexp(-1, keepdim=True)                                                    # (c, 1)
             if t.dtype == torch.int64:                                      # a token id: q is one-hot, the negative log-likelihood
-                losses.append((norm - z.gather(1, t[:, None]))[:, 0])
+                losses.append(tau ** 2 * (norm - z.gather(1, t[:, None]))[:, 0])
                 delta = z.sub_(norm).exp_().scatter_add_(1, t[:, None], -torch.ones_like(norm))
-                grad[i:i + chunk] = delta.to(weight.dtype) @ weight
+                grad[i:i + chunk] = (delta.to(weight.dtype) @ weight).mul_(tau)
             else:                                                           # the head's mean row under q: sum_v q_v z_v is one dot product, and sum_v q_v W_v is t itself
                 losses.append(tau ** 2 * (norm[:, 0] - (hidden[i:i + chunk].float() * t.float()).sum(-1) / tau))
                 grad[i:i + chunk] = (z.sub_(norm).exp_().to(weight.dtype) @ weight).float().sub_(t).mul_(tau)
@@ -412,6 +412,7 @@ def main():
     # the texts: for each length of the report, some are kept from training
     texts = read_texts(args.data, tokenizer, args.min_tokens, args.max_tokens)
     random.Random(args.seed).shuffle(texts)
+    corpus = [len(texts), sum(map(len, texts))]
     held = {n: [i for i, t in enumerate(texts) if len(t) >= n][:args.held_out] for n in (64, 128, 256, 512)}
     kept = {i for rows in held.values() for i in rows}
     train = [t for i, t in enumerate(texts) if i not in kept]
@@ -425,15 +426,18 @@ def main():
     table = model.get_input_embeddings().weight.detach().float().cpu()
     noise = table.mean(0) + table.std(0) * torch.randn(1, d)
     args.lr = float(f"{0.22 * table.std():.2g}") if args.lr is None else args.lr
+    del table
     ae = torch.nn.Parameter(noise.clone().to(device))                                               # (1, d) fp32
     optimizer = torch.optim.AdamW([ae], lr=args.lr, weight_decay=0)
-    first, best, history, running, skipped, artifact = 0, {"loss": math.inf, "vector": noise}, [], [], 0, None
+    first, best, history, running, skipped = 0, {"loss": math.inf, "vector": noise}, [], [], 0
     if args.resume:
-        saved = load_artifact(args.out, "ae", before, d, f"python stage0_ae.py --model {args.model}")
-        check_resume(args.out, saved, vars(args))
-        ae.data.copy_(saved["last"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first, best, history, skipped, running = saved["step"], saved["best"], saved["history"], saved["skipped"], saved["running"]
+        artifact = load_artifact(args.out, "ae", before, d, f"python stage0_ae.py --model {args.model}")
+        check_resume(args.out, artifact, vars(args))
+        if artifact.get("texts", corpus) != corpus:
+            fail(f"--resume: {args.out} began with {artifact['texts'][0]} texts of {artifact['texts'][1]} tokens, now --data has {corpus[0]} of {corpus[1]}; put them back, or run without --resume to start anew")
+        ae.data.copy_(artifact["last"])
+        optimizer.load_state_dict(artifact["optimizer"])
+        first, best, history, skipped, running = (artifact[key] for key in ("step", "best", "history", "skipped", "running"))
 
     @functools.lru_cache(maxsize=1)
     def epoch(number):
@@ -444,13 +448,8 @@ def main():
         batches = [order[i:i + args.batch] for i in range(0, len(order) - args.batch + 1, args.batch)]
         return rng.sample(batches, len(batches))
 
-    def batch_ids(n):
-        """Micro-batch n of the run, cut to its shortest text, so there is no padding -> (B, n)."""
-        per_epoch = len(train) // args.batch
-        rows = [train[i] for i in epoch(n // per_epoch)[n % per_epoch]]
-        return torch.tensor([r[:min(map(len, rows))] for r in rows], device=device)
-
-    asked, bad = [], 0
+    per_epoch = len(train) // args.batch
+    asked, bad, halt, step = [], 0, False, first - 1
     on_stop(asked.append)
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="[AE]", dynamic_ncols=True, disable=rank > 0)
     for step in bar:
@@ -458,8 +457,9 @@ def main():
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad()
         total = torch.zeros((), device=device)
-        for micro in range(rank, args.accumulate, world):
-            ids = batch_ids(step * args.accumulate + micro)                                         # (B, n)
+        for micro in range(step * args.accumulate + rank, (step + 1) * args.accumulate, world):
+            rows = [train[i] for i in epoch(micro // per_epoch)[micro % per_epoch]]
+            ids = torch.tensor([r[:min(map(len, rows))] for r in rows], device=device)              # (B, n), cut to the shortest text, so there is no padding
             target = torch.cat([ids, torch.full_like(ids[:, :1], end)], 1)                          # (B, n + 1)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and dtype == torch.bfloat16):
                 hidden = copy_hidden(model, ids, ae, start)                                         # (B, n + 1, d): X [AE] X, the gradient reaches [AE] alone
@@ -489,24 +489,21 @@ def main():
                 best = {"loss": loss, "right": right, "step": step + 1, "vector": ae.detach().cpu().clone()}
         if (due or halt) and rank == 0:
             save_artifact(args.out, artifact := {
-                "kind": "ae", "vector": best["vector"], "layout": "chat", "step": step + 1, "config": vars(args), "history": history, "best": best, "skipped": skipped, "running": running,
+                "kind": "ae", "vector": best["vector"], "layout": "chat", "step": step + 1, "config": vars(args), "history": history, "best": best, "skipped": skipped, "running": running, "texts": corpus,
                 "model": {"name": args.model, "revision": getattr(model.config, "_commit_hash", None), "fingerprint": before, "d": d},
                 "metrics": {"held_out_loss": best["loss"], "held_out_right": best.get("right"), "n": sum(len(ids) for n, ids in held.items() if n < 512)},
                 "last": ae.detach().cpu(), "optimizer": optimizer.state_dict(), "versions": {"nanobe": VERSION, "torch": str(torch.__version__), "transformers": transformers.__version__}})
         if halt:
-            bar.close()
-            barrier()                                                                                # torchrun ends the others as soon as one process leaves: not before rank 0 has saved
-        if bad == 3:
-            fail(f"steps {step - 2} to {step}: the loss or its gradient was not finite three times in a row; the last good vector is in {args.out}; start anew with a --lr below {args.lr}", code=1)
-        if halt:
-            print(f"stopped after step {step + 1}; go on with --resume")
-            sys.exit(128 + (asked or [signal.SIGTERM])[0])
+            break
         bar.set_postfix(held_out=f"{best['loss']:.3f}")
     bar.close()
+    barrier()                                               # torchrun ends the others as soon as one process leaves: not before rank 0 has saved
     on_stop(lambda number: sys.exit(128 + number))
-    if asked:                                               # in the last step
-        print("stopped after the last step; its report is made with --resume")
-        sys.exit(128 + asked[0])
+    if bad == 3:
+        fail(f"steps {step - 2} to {step}: the loss or its gradient was not finite three times in a row; the last good vector is in {args.out}; start anew with a --lr below {args.lr}", code=1)
+    if halt or asked:
+        print(f"stopped after step {step + 1}; go on with --resume")
+        sys.exit(128 + (asked or [signal.SIGTERM])[0])
     if rank > 0:
         return
 
@@ -518,8 +515,8 @@ def main():
             loss, right, back = copy_scores(model, ids, vector, start, end, greedy=True)
             report[f"{n} {name}"] = {"loss": loss, "right": right, "greedy": back, "n": len(ids)}
             print(f"{n:4d} tokens, {name:7s} n = {len(ids):3d}   loss {loss:.4f}   right with the true past given {right:7.2%}   given back by greedy decoding {back:7.2%}", flush=True)
-    if (artifact or saved).get("report") != report:
-        save_artifact(args.out, (artifact or saved) | {"report": report})
+    if artifact.get("report") != report:
+        save_artifact(args.out, artifact | {"report": report})
     plot(Path(args.out).with_suffix(".png"), history, "[AE]: copy loss")
     assert fingerprint(model) == before, "the frozen model has changed"
     print(f"wrote {args.out}: {d} trained numbers; every weight of the model is as it was\nnext: python stage1_recon.py --model {args.model} --ae {args.out} --prompt prompts/pirate.txt")

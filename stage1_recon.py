@@ -155,9 +155,9 @@ class TokenLoss(torch.autograd.Function):
             z, t = (hidden[i:i + chunk] @ weight.T).float().div_(tau), target[i:i + chunk]          # (c, V)
             norm = z.logsumexp(-1, keepdim=True)                                                    # (c, 1)
             if t.dtype == torch.int64:                                      # a token id: q is one-hot, the negative log-likelihood
-                losses.append((norm - z.gather(1, t[:, None]))[:, 0])
+                losses.append(tau ** 2 * (norm - z.gather(1, t[:, None]))[:, 0])
                 delta = z.sub_(norm).exp_().scatter_add_(1, t[:, None], -torch.ones_like(norm))
-                grad[i:i + chunk] = delta.to(weight.dtype) @ weight
+                grad[i:i + chunk] = (delta.to(weight.dtype) @ weight).mul_(tau)
             else:                                                           # the head's mean row under q: sum_v q_v z_v is one dot product, and sum_v q_v W_v is t itself
                 losses.append(tau ** 2 * (norm[:, 0] - (hidden[i:i + chunk].float() * t.float()).sum(-1) / tau))
                 grad[i:i + chunk] = (z.sub_(norm).exp_().to(weight.dtype) @ weight).float().sub_(t).mul_(tau)
@@ -426,6 +426,7 @@ def main():
     table = model.get_input_embeddings().weight.detach().float().cpu()
     be = torch.nn.Parameter((table.mean(0) + table.std(0) * torch.randn(args.k, d)).to(device))     # (k, d) fp32
     args.lr = float(f"{0.22 * table.std():.2g}") if args.lr is None else args.lr
+    del table
     optimizer = torch.optim.AdamW([be], lr=args.lr, weight_decay=0)
     first, best, history, skipped = 0, {"loss": math.inf, "right": 0, "step": 0, "vector": be.detach().cpu().clone()}, [], 0
     prompt = {"sha256": hashlib.sha256(json.dumps(messages).encode()).hexdigest(), "tokens": m, "messages": messages}
@@ -438,15 +439,15 @@ def main():
             fail(f"--resume: {args.out} began with another [AE]; give that one with --ae, or run without --resume to start anew")
         be.data.copy_(artifact["last"])
         optimizer.load_state_dict(artifact["optimizer"])
-        first, best, history, skipped = artifact["step"], artifact["best"], artifact["history"], artifact["skipped"]
-    done = args.resume and best["right"] == m
+        best, history, skipped = artifact["best"], artifact["history"], artifact["skipped"]
+        first = args.steps if best["right"] == m else artifact["step"]
 
     if args.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()                                       # transformers checkpoints a model in training only; these have no dropout
-    asked, bad = [], 0
+    asked, bad, step = [], 0, first - 1
     on_stop(asked.append)
-    bar = tqdm(range(args.steps if done else first, args.steps), initial=first, total=args.steps, desc="[BE] recon", dynamic_ncols=True)
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="[BE] recon", dynamic_ncols=True)
     for step in bar:
         optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
         # all of stage 1: ... [BE] [AE] s_1 ... s_(m-1) in, s_1 ... s_m out
@@ -470,26 +471,22 @@ def main():
         else:
             tqdm.write(f"step {step}: the loss or its gradient is not finite; skipped")
 
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or done or asked or bad == 3:
+        end = done or bool(asked) or bad == 3
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or end:
             save_artifact(args.out, {
                 "kind": "be", "stage": "recon", "vector": best["vector"], "layout": args.layout, "prompt": prompt, "step": step + 1, "config": vars(args),
                 "model": {"name": args.model, "revision": getattr(model.config, "_commit_hash", None), "fingerprint": before, "d": d},
                 "metrics": {"recon": best["loss"], "right": best["right"], "n": m}, "history": history, "skipped": skipped, "best": best, "last": be.detach().cpu(), "ae": ae.cpu(),
                 "optimizer": optimizer.state_dict(), "versions": {"nanobe": VERSION, "torch": str(torch.__version__), "transformers": transformers.__version__}})
-        if bad == 3:
-            bar.close()
-            fail(f"steps {step - 2} to {step}: the loss or its gradient was not finite three times in a row; the last good vector is in {args.out}; start anew with a --lr below {args.lr}", code=1)
-        if asked and not done:
-            bar.close()
-            print(f"stopped after step {step + 1}; go on with --resume")
-            sys.exit(128 + asked[0])
-        if done:
+        if end:
             break
     bar.close()
     model.eval()
     on_stop(lambda number: sys.exit(128 + number))
-    if asked:                                               # in the last step
-        print("stopped after the last step; its report is made with --resume")
+    if bad == 3:
+        fail(f"steps {step - 2} to {step}: the loss or its gradient was not finite three times in a row; the last good vector is in {args.out}; start anew with a --lr below {args.lr}", code=1)
+    if asked:
+        print(f"stopped after step {step + 1}; go on with --resume")
         sys.exit(128 + asked[0])
 
     said = give_back(model, opening, torch.cat([best["vector"].to(device), ae]), m)
@@ -498,7 +495,8 @@ def main():
     assert fingerprint(model) == before, "the frozen model has changed"
     print(f"loss {best['loss']:.3f} nats a token (perplexity {math.exp(best['loss']):.1f}); with the true past given {best['right']} of {m} tokens are right;"
           f" greedy decoding gives back the first {led}, and {sum(a == b for a, b in zip(said, s))} in their places")
-    print(f"wrote {args.out}: {be.numel()} trained numbers; every weight of the model is as it was\nnext: python stage2_kd.py --prompt {args.prompt} --be {args.out}" + f" --model {args.model}" * (args.model != "models/smollm2-135m"))
+    print(f"wrote {args.out}: {be.numel()} trained numbers; every weight of the model is as it was\nnext: python stage2_kd.py --prompt {args.prompt} --be {args.out}"
+          + f" --model {args.model}" * (args.model != "models/smollm2-135m") + f" --ae {args.ae}" * bool(args.ae))
 
 
 if __name__ == "__main__":

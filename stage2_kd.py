@@ -30,6 +30,7 @@ import math
 import os
 import random
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -190,9 +191,9 @@ class TokenLoss(torch.autograd.Function):
             z, t = (hidden[i:i + chunk] @ weight.T).float().div_(tau), target[i:i + chunk]          # (c, V)
             norm = z.logsumexp(-1, keepdim=True)                                                    # (c, 1)
             if t.dtype == torch.int64:                                      # a token id: q is one-hot, the negative log-likelihood
-                losses.append((norm - z.gather(1, t[:, None]))[:, 0])
+                losses.append(tau ** 2 * (norm - z.gather(1, t[:, None]))[:, 0])
                 delta = z.sub_(norm).exp_().scatter_add_(1, t[:, None], -torch.ones_like(norm))
-                grad[i:i + chunk] = delta.to(weight.dtype) @ weight
+                grad[i:i + chunk] = (delta.to(weight.dtype) @ weight).mul_(tau)
             else:                                                           # the head's mean row under q: sum_v q_v z_v is one dot product, and sum_v q_v W_v is t itself
                 losses.append(tau ** 2 * (norm[:, 0] - (hidden[i:i + chunk].float() * t.float()).sum(-1) / tau))
                 grad[i:i + chunk] = (z.sub_(norm).exp_().to(weight.dtype) @ weight).float().sub_(t).mul_(tau)
@@ -460,7 +461,7 @@ def plot(path, history, title):
 def read_queries(path):
     """A .txt (one a line) or .jsonl file ("question", "query" or "instruction") -> {query: the row's "answer" or ""}, without empty and repeated queries."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         fail(f"{path}: expected a .txt or .jsonl file of queries in UTF-8, but it cannot be read: {getattr(e, 'strerror', None) or 'not UTF-8'}")
     queries = {}
@@ -636,37 +637,34 @@ def evaluate(model, rows, answers, hidden, learned):
 
 def measure(model, t, part, rows, learned):
     """`evaluate` over the examples `part`, with rows[i] fed for example i -> (len(part), 3)."""
-    training = model.training
     model.eval()                                            # --checkpointing: a layer in training keeps no cache, and evaluate would lose what all rows begin with
-    scores = evaluate(model, [rows[i] for i in part], [t.answers[i] for i in part], [t.teacher_hidden[i] for i in part], learned.to(model.device))
-    model.train(training)
-    return scores
+    return evaluate(model, [rows[i] for i in part], [t.answers[i] for i in part], [t.teacher_hidden[i] for i in part], learned.to(model.device))
 
 
 def controls(t, model, tokenizer, best, other):
     """What can stand in the prompt's place, for each turn of a chat -> [name -> KL, top-1, gap closed and its bootstrap interval over queries, tokens fed, n, and the KL of each
     query summed over its answer, for paired comparisons of two runs]. best, other (slots, d): the trained vectors of all prompts, and random ones."""
-    nothing, plural = torch.zeros_like(best[:1]), "s" * (t.k > 1)
+    plural = "s" * (t.k > 1)
     block = chat_ids(tokenizer, [{"role": "system", "content": []}], generate=False)
     own = block and t.none[0][:len(block)] == block                                                  # Llama 2 writes the system message into the first user turn
-    fed = {                                                                                          # name: the rows, and the vectors of their slots
-        "full prompt": (t.full, nothing),
-        f"[BE], {t.k} vector{plural}": (t.rows, best),
-        "no prompt (empty slot)": (t.none, nothing),
-        "no system block at all": ([layout_ids(tokenizer, "block", [], c) for c in t.turns] if own else t.none, nothing),
-        "default system prompt": ([chat_ids(tokenizer, c) for c in t.turns], nothing),
-        f"random vector{plural}": (t.rows, other),
-        f"prompt cut to {t.k} token{plural}": ([layout_ids(tokenizer, t.layout, t.s[:t.k], c) for c in t.turns], nothing),
+    fed = {
+        "full prompt": t.full,
+        f"[BE], {t.k} vector{plural}": t.rows,
+        "no prompt (empty slot)": t.none,
+        "no system block at all": [layout_ids(tokenizer, "block", [], c) for c in t.turns] if own else t.none,
+        "default system prompt": [chat_ids(tokenizer, c) for c in t.turns],
+        f"random vector{plural}": t.rows,
+        f"prompt cut to {t.k} token{plural}": [layout_ids(tokenizer, t.layout, t.s[:t.k], c) for c in t.turns],
     }
     tables = []
     for part in t.test:
-        scores = {name: measure(model, t, part, *x) for name, x in fed.items()}
+        scores = {name: measure(model, t, part, rows, other if name.startswith("random") else best) for name, rows in fed.items()}
         none = scores["no prompt (empty slot)"]
         draws = torch.randint(len(none), (1000, len(none)), generator=torch.Generator().manual_seed(0))
         tables.append({name: {
             "kl": (x[:, 0].sum() / x[:, 2].sum()).item(), "top1": (x[:, 1].sum() / x[:, 2].sum()).item(), "gap_closed": 1 - (x[:, 0].sum() / none[:, 0].sum()).item(),
             "gap_closed_95": (1 - x[draws, 0].sum(1) / none[draws, 0].sum(1)).quantile(torch.tensor([0.025, 0.975])).tolist(),
-            "tokens": sum(len(fed[name][0][i]) for i in part) / len(x), "n": len(x), "answer_tokens": int(x[:, 2].sum()), "kl_by_query": x[:, 0].tolist()} for name, x in scores.items()})
+            "tokens": sum(len(fed[name][i]) for i in part) / len(x), "n": len(x), "answer_tokens": int(x[:, 2].sum()), "kl_by_query": x[:, 0].tolist()} for name, x in scores.items()})
     return tables
 
 
@@ -682,7 +680,7 @@ def report(args, t, tables, skipped):
     if args.steps > 0:
         plot(Path(t.out).with_suffix(".kd.png"), t.history, f"stage 2: {Path(t.path).name}")
         print(f"\nwrote {t.out}: {t.start.numel()} trained numbers, the best on held-out queries, of step {t.best['step']}; {skipped} steps skipped")
-        print(f'next: python infer.py --be {t.out} --query "{(t.test_queries or t.queries)[0]}" --compare')
+        print(f"next: python infer.py --be {t.out} --query {shlex.quote((t.test_queries or t.queries)[0])} --compare")
 
 
 def read_inputs(args, n, rank):
@@ -773,7 +771,7 @@ def make_examples(args, t, model, tokenizer, model_print, stop, rank):
     for i in t.train if args.answers == "gold" else []:                                              # held-out and test queries keep the teacher's own answers: they are the measure
         t.answers[i] = (text_ids(tokenizer, t.gold[t.queries[i]]) + [end])[:args.answer_tokens]          # cut as the teacher's are: only a whole one ends with the stop token
         if not args.hard:                                                                                # which needs no states
-            t.teacher_hidden[i] = answer_hidden(model, [t.full[i]], [t.answers[i]], torch.zeros(1, model.config.hidden_size, device=model.device)).to("cpu", torch.bfloat16)
+            t.teacher_hidden[i] = answer_hidden(model, [t.full[i]], [t.answers[i]], t.start.to(model.device)).to("cpu", torch.bfloat16)
 
 
 def soft(t, i, weight, tau):
@@ -828,7 +826,7 @@ def main():
 
     # the data
     ae = find_ae("none" if args.lam == 1 else args.ae, before, d, args.model).to(device)            # (1, d) fp32, not trained; (0, d) without
-    if args.lam < 1 and any(t.ae is not None and not torch.equal(t.ae, ae.cpu()) for t in tasks):
+    if args.lam < 1 and args.steps > 0 and any(t.ae is not None and not torch.equal(t.ae, ae.cpu()) for t in tasks):
         fail("--ae: stage 1 used another [AE]; name the same one for both stages")
     for t in tasks:
         make_examples(args, t, model, tokenizer, before, stop, rank)
@@ -854,7 +852,7 @@ def main():
     inputs = hashlib.sha256(json.dumps([[t.messages, t.rows, t.answers] for t in tasks] + ae.tolist()).encode()).hexdigest()       # what a resumed run must find again
     if run:
         if run["inputs"] != inputs:
-            fail(f"--resume: the prompt, the queries, the [AE] or the template have changed since {tasks[0].out} began; put them back, or run without --resume to start anew")
+            fail(f"--resume: the prompt, the queries, the [AE], the template or the --dtype of the teacher have changed since {tasks[0].out} began; put them back, or run without --resume to start anew")
         be.data.copy_(run["last"])
         first, skipped, tables = run["step"], run["skipped"], run["tables"]
         if run["optimizer"]:                                                                         # a finished run has none
@@ -871,20 +869,20 @@ def main():
                 "kind": "be", "stage": "kd", "vector": t.best["vector"], "layout": t.layout, "step": step, "skipped": skipped, "config": vars(args),
                 "prompt": {"sha256": hashlib.sha256(json.dumps(t.messages).encode()).hexdigest(), "messages": t.messages, "tokens": len(t.s), "path": t.path},
                 "model": {"name": args.model, "revision": getattr(model.config, "_commit_hash", None), "fingerprint": before, "d": d},
-                "metrics": metrics | ({"controls": tables[n][0], "turns": tables[n]} if tables else {}), "history": t.history, "best": t.best, "last": last[t.own], "start": t.start,
-                "versions": {"nanobe": VERSION, "torch": str(torch.__version__), "transformers": transformers.__version__}} | ({"run": state} if n == 0 else {}))
+                "metrics": metrics | ({"controls": tables[n][0], "turns": tables[n]} if tables else {}), "history": t.history, "best": t.best, "last": last[t.own].clone(), "start": t.start,
+                "versions": {"nanobe": VERSION, "torch": str(torch.__version__), "transformers": transformers.__version__}} | ({"ae": ae.cpu()} if args.lam < 1 else {}) | ({"run": state} if n == 0 else {}))
 
     if args.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()                                       # transformers checkpoints a model in training only; these have no dropout
     if args.compile:
         body.compile(dynamic=True)
 
     # the loop. Student: [BE] + query + answer -> its hidden states; teacher: those that were kept of prompt + query + answer; the loss: their KL under the same head
-    asked, bad = [], 0
+    asked, bad, halt, step = [], 0, False, first - 1
     on_stop(asked.append)
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="[BE] distil", dynamic_ncols=True, disable=rank > 0)
     for step in bar:
+        model.train(args.checkpointing)                     # transformers checkpoints a model in training only; these have no dropout
         optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
         batch = []
         for t in tasks:
@@ -938,19 +936,17 @@ def main():
         if rank == 0 and (due or halt):
             save(step + 1)
         if halt:
-            bar.close()
-            barrier()                                                                                # torchrun ends the others as soon as one process leaves: not before rank 0 has saved
-            if bad == 3:
-                fail(f"steps {step - 2} to {step}: the loss or its gradient was not finite three times in a row; the last good vector is in {tasks[0].out}; start anew with a --lr below {args.lr}", code=1)
-            print(f"stopped after step {step + 1}; go on with --resume")
-            sys.exit(128 + (asked or [signal.SIGTERM])[0])
+            break
         gaps = [1 - t.best["kl"] / t.none_kl for t in tasks if t.best["step"]]
         bar.set_postfix(L_KD=f"{sum(sums[:len(tasks)].tolist()) / len(tasks):.3f}", **({"held_out_gap_closed": f"{sum(gaps) / len(gaps):.3f}"} if gaps else {}))
     bar.close()
+    barrier()                                               # torchrun ends the others as soon as one process leaves: not before rank 0 has saved
     on_stop(lambda number: sys.exit(128 + number))
-    if asked:                                               # in the last step
-        print("stopped after the last step; its report is made with --resume")
-        sys.exit(128 + asked[0])
+    if bad == 3:
+        fail(f"steps {step - 2} to {step}: the loss or its gradient was not finite three times in a row; the last good vector is in {tasks[0].out}; start anew with a --lr below {args.lr}", code=1)
+    if halt or asked:
+        print(f"stopped after step {step + 1}; go on with --resume")
+        sys.exit(128 + (asked or [signal.SIGTERM])[0])
     assert fingerprint(model) == before, "the frozen model has changed"
     if rank > 0:
         return

@@ -2,7 +2,7 @@
 
     python results/baselines.py --prompt prompts/support.txt                                      # -> out/ablations/support.cut-2.s0.pt, ..., a .txt beside each
     python results/baselines.py --prompt prompts/support.txt --methods llmlingua --ratios 2 4     # needs: pip install llmlingua
-    python results/table.py
+    python results/table.py --out out/ablations/README.md              # these alone; results/ablations.sh makes them with the settings of results/README.md
 
 A text is measured as [BE] is: its k tokens' own embeddings are written as an artifact of k vectors, and stage2_kd.py measures that by its own command line, against the same teacher answers, with the same
 table of controls. What is finished is skipped. The summary is greedy, asked for as so many words and cut at the ratio's tokens. LLMLingua (Jiang et al. 2023) runs with the defaults of its package, over

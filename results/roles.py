@@ -24,11 +24,11 @@ def timed(command, log):
     print("$", command, flush=True)
     started = time.perf_counter()
     with open(log, "a") as f:
-        child = subprocess.Popen(shlex.split(command.replace("python", sys.executable, 1)), cwd=HERE.parent, stdout=f, stderr=f)
+        child = subprocess.Popen([sys.executable, *shlex.split(command)[1:]], cwd=HERE.parent, stdout=f, stderr=f)
         _, status, usage = os.wait4(child.pid, 0)
     if status:
         sys.exit(f"roles.py: that command failed; its output is in {log}")
-    return time.perf_counter() - started, usage.ru_maxrss / 1e6
+    return time.perf_counter() - started, usage.ru_maxrss * 1024 / 1e9
 
 
 def commands_of(role, k, args):

@@ -25,7 +25,6 @@ import statistics
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -59,7 +58,7 @@ def server(python, model, options, args):
         for _ in range(600):
             if child.poll() is not None:
                 sys.exit(f"serving.py: the server ended; see {log}")
-            with contextlib.suppress(urllib.error.URLError, ConnectionError):
+            with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10)
                 break
             time.sleep(0.5)
@@ -91,15 +90,15 @@ def ask(url, messages, tokens):
     return first, time.perf_counter() - started, usage["prompt_tokens"]
 
 
-def one_by_one(url, systems, queries, args, empty=False, rounds=1):
+def one_by_one(url, systems, queries, tokens, requests, empty=False, rounds=1):
     """TTFT of single requests, the arms in turns, so that a drift of the machine meets both -> {arm: {"ttft_ms", "fed"}}; of several rounds the last one counts."""
     found = {arm: {"ttft_ms": [], "fed": []} for arm in ARMS}
-    for i in range(rounds * args.requests):
+    for i in range(rounds * requests):
         for arm in ARMS:
             if empty:
                 urllib.request.urlopen(urllib.request.Request(f"{url}/reset_prefix_cache", method="POST"), timeout=60)
-            first, _, fed = ask(url, [systems[arm][i % len(systems[arm])], queries[i % len(queries)]], args.tokens)
-            if i >= (rounds - 1) * args.requests:
+            first, _, fed = ask(url, [systems[arm][i % len(systems[arm])], queries[i % len(queries)]], tokens)
+            if i >= (rounds - 1) * requests:
                 found[arm]["ttft_ms"].append(1000 * first)
                 found[arm]["fed"].append(fed)
     return found
@@ -128,13 +127,13 @@ def measure(name, url, systems, queries, args):
     with concurrent.futures.ThreadPoolExecutor(args.at_once) as pool:
         list(pool.map(lambda i: ask(url, [strangers[i % 2], queries[i % len(queries)]], args.tokens), range(2 * args.at_once)))
     if name == "on":
-        parts = {"first": one_by_one(url, one, queries, args, empty=True)}
-        one_by_one(url, one, queries[:1], argparse.Namespace(requests=1, tokens=args.tokens))
-        parts["warm"] = one_by_one(url, one, queries, args)
+        parts = {"first": one_by_one(url, one, queries, args.tokens, args.requests, empty=True)}
+        one_by_one(url, one, queries[:1], args.tokens, 1)
+        parts["warm"] = one_by_one(url, one, queries, args.tokens, args.requests)
     elif name == "off":
-        parts = {"off": one_by_one(url, one, queries, args)}
+        parts = {"off": one_by_one(url, one, queries, args.tokens, args.requests)}
     else:
-        parts = {"small": one_by_one(url, systems, queries, argparse.Namespace(requests=max(args.requests, args.prompts), tokens=args.tokens), rounds=2)}
+        parts = {"small": one_by_one(url, systems, queries, args.tokens, max(args.requests, args.prompts), rounds=2)}
     walls = burst(url, systems if name == "small" else one, queries, args)
     return [{"case": case, "arm": arm, **found[arm]} | ({} if case == "first" else {"burst_s": walls[arm]}) for case, found in parts.items() for arm in ARMS]
 

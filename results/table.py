@@ -80,11 +80,11 @@ def keep(runs, chosen, path):
     try:
         rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()] if Path(path).exists() else []
         merged = {(r["prompt"], r["row"], r["seed"]): r for r in rows}
-        other = {r["settings"] for r in rows} - {chosen} if chosen else set()
+        other = {r["settings"] for r in rows} - {chosen} if runs or chosen else set()
     except (OSError, ValueError, KeyError, TypeError) as e:
         fail(f"{path}: expected a run of results/ablations.sh in each line ({type(e).__name__}: {e}); restore it, or give another --out")
     if other:
-        fail(f"{path}: its runs have {other.pop()}, the new ones {chosen}; rows of two settings make no table, give another --out")
+        fail(f"{path}: its runs have {other.pop()}, the new ones {chosen or 'no settings.txt'}; rows of two settings make no table, give another --out")
     chosen = chosen or (rows[0]["settings"] if rows else "")
     merged |= {(r["prompt"], r["row"], r["seed"]): r | {"settings": chosen} for r in runs}
     return [merged[key] for key in sorted(merged)], chosen
@@ -172,10 +172,9 @@ def report(runs, chosen=""):
                 lines.append(f"| {row} | {part[0]['steps']} | {part[0]['k']} | {mean:.3f} ({low:.3f} to {high:.3f}) | {show(difference(runs, row, 'full', p)) if row != 'full' else ''} | {kl:.3f} | {top1:.1%} | "
                              f"{control(part[0])['n']} | {len(part)} |")
         lines.append("| *controls* | | | " + "; ".join(f"{name} {control(run, name)['gap_closed']:.3f}" for name in CONTROLS) + " | | | | | |")
-    shared = [r for r in rows if r != "full" and difference(runs, r, "full")]
-    if shared:
+    if shared := {row: x for row in rows if row != "full" and (x := difference(runs, row, "full"))}:
         lines += ["", "## Over the prompts", "", "| row | against full, mean over the prompts that both have (95%) | prompts |", "|---|---|---|"]
-        lines += [f"| {row} | {show(difference(runs, row, 'full'))} | {', '.join(p for p in prompts if difference(runs, row, 'full', p))} |" for row in shared]
+        lines += [f"| {row} | {show(x)} | {', '.join(p for p in prompts if difference(runs, row, 'full', p))} |" for row, x in shared.items()]
     lines += ["", "## The paper's claims", "", f"Here: {', '.join(sorted({r['model'] for r in runs}))}, these prompts, this budget, and KL to the teacher as the measure, which is also what KD minimises: "
               "where the paper compares scores of tasks, this is a stand-in. "
               "*Holds*: the whole interval of the paired difference is on the claim's side, and no prompt's own interval is on the other. The "
@@ -201,7 +200,7 @@ def plots(runs, folder):
         "k": ("vectors k", [(r["prompt"], r["k"], control(r)["gap_closed"]) for r in by_k]),
         "lambda": ("lambda", [(r["prompt"], 0.9 if r["row"] == "full" else int(r["row"][4:]) / 100, control(r)["gap_closed"]) for r in by_lambda]),
         "length": ("tokens of the prompt", [("full method", r["tokens"], control(r)["gap_closed"]) for r in lengths]),
-        "curves": ("step", [(r["prompt"], h["step"], h["held-out KL"]) for r in full for h in r["history"] if "held-out KL" in h]),
+        "curves": ("step", [(r["prompt"], h["step"], h["held-out KL"]) for r in full for h in r["history"]]),
     }
     names = []
     for name, (label, points) in drawn.items():

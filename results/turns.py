@@ -21,7 +21,7 @@ def run(command, log):
     """Run a command line from the repository's folder -> what it printed, which the log has too."""
     print("$", command, flush=True)
     with open(log, "a") as f:
-        done = subprocess.run(shlex.split(command.replace("python", sys.executable, 1)), cwd=HERE.parent, stdout=subprocess.PIPE, stderr=f, text=True)
+        done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=HERE.parent, stdout=subprocess.PIPE, stderr=f, text=True)
         f.write(done.stdout)
     if done.returncode:
         sys.exit(f"turns.py: that command failed; its output is in {log}")
@@ -72,10 +72,12 @@ def main():
     def done():
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
+    wanted = []
     for turns in args.turns:
         name = f"out/turns/{Path(args.prompt).stem}.t{turns}.s{args.seed}"
         common = f"python stage2_kd.py --prompt {args.prompt} --seed {args.seed} {args.stage2}"
         commands = [f"{common} {args.start} --turns {turns} --steps {args.steps} --out {name}.pt", f"{common} --turns {args.tested} --steps 0 --out {name}.pt"]
+        wanted.append(commands)
         if any(r["commands"] == commands for r in done()):
             continue
         train, test = [run(c, HERE.parent / f"{name}.log") for c in commands]
@@ -84,9 +86,10 @@ def main():
             sys.exit(f"turns.py: expected {args.tested} tables, found {len(row['turns'])}; what stage 2 printed is in {name}.log")
         with open(path, "a") as f:
             f.write(json.dumps(row) + "\n")
-    Path(f"{out}.tmp").write_text(report(done()))
+    table = report([r for r in done() if r["commands"] in wanted])            # the file may hold runs of other prompts, seeds or steps
+    Path(f"{out}.tmp").write_text(table)
     os.replace(f"{out}.tmp", out)
-    print(report(done()))
+    print(table)
 
 
 if __name__ == "__main__":

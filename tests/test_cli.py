@@ -252,6 +252,17 @@ def test_a_resumed_run_equals_the_uninterrupted_one(name, saves, scripts, checkp
     assert same(resumed, whole)
 
 
+def test_stage_0_is_not_resumed_over_other_texts(scripts, checkpoints, prepared, work, command):
+    module, arguments = stage(scripts, "ae", prepared)
+    arguments = ["--model", checkpoints["smol"], *TINY, *arguments, "--out", "x.pt"]
+    assert command(module, *arguments).code == 0
+    whole = (work / "x.pt").read_bytes()
+    with open("corpus.jsonl", "a") as f:
+        f.write(json.dumps({"text": " ".join(SENTENCES)}) + "\n")
+    r = command(module, *arguments, "--resume")
+    assert r.code == 2 and "began with 60 texts" in r.err and len(said(r.err)) == 1 and (work / "x.pt").read_bytes() == whole
+
+
 @pytest.mark.parametrize("name", ["ae", "recon", "kd"])
 def test_resuming_a_finished_run_changes_nothing(name, scripts, checkpoints, prepared, work, command):
     module, arguments = stage(scripts, name, prepared)
@@ -398,6 +409,11 @@ def test_a_chat_keeps_its_turns_until_reset(scripts, prepared, work, command, mo
     r = command(scripts.infer, "--be", prepared / "be.pt", *TINY, "--max-new-tokens", 5)
     context = [int(n) for n in re.findall(r"(\d+) tokens were in context", r.out)]
     assert r.code == 0 and len(context) == 3 and context[0] == context[2] < context[1]
+
+
+def test_a_chat_takes_bytes_that_are_not_utf_8(prepared, work):
+    r = subprocess.run([sys.executable, ROOT / "infer.py", "--be", prepared / "be.pt", *map(str, TINY), "--max-new-tokens", "2"], input=b"caf\xe9?\n", cwd=work, capture_output=True, timeout=300)
+    assert r.returncode == 0 and b"tokens were in context" in r.stdout and b"Traceback" not in r.stderr
 
 
 # --- bad input: exit code 2, one line that says what came and what to do, the old artifact whole

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import io
 import json
+import math
 import os
 import re
 from types import SimpleNamespace
@@ -267,6 +268,13 @@ def test_a_mistake_is_refused_in_one_line_and_leaves_nothing(name, export, shelf
     for word in words:
         assert word in r.err
     assert files() == before
+
+
+def test_hidden_states_that_overflow_are_refused(export, shelf, tmp_path, command, monkeypatch):
+    embed = export.embed
+    monkeypatch.setattr(export, "embed", lambda model, ids, learned: embed(model, ids, learned) * (math.nan if ids.shape[1] % 2 else 1))
+    r = command(export, shelf / "a.pt", "--out", tmp_path / "new", "--pieces", 6)
+    assert r.code == 2 and "probability of nan" in r.err and not (tmp_path / "new").exists()
 
 
 def test_a_token_that_the_model_has_already_is_refused(export, scripts, shelf, tmp_path, command):

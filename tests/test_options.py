@@ -72,7 +72,7 @@ def test_gold_answers_that_are_not_there(scripts, checkpoints, work, command):
 def test_a_memory_token_has_no_trigger(scripts, checkpoints, work, command):
     """Stage 1 with --ae none: the loss of [BE] s_1 ... s_m, recomputed; stage 2 goes on from it with the same L_recon."""
     r = command(scripts.recon, "--model", checkpoints["smol"], *TINY, "--prompt", "a.txt", "--steps", 20, "--lr", 0.5, "--ae", "none")
-    assert r.code == 0 and "[AE]:" not in r.out, r.err
+    assert r.code == 0 and "[AE]:" not in r.out and r.out.rstrip().endswith(" --ae none"), r.err              # the next command
     artifact = load("out/be.pt")
     model, tokenizer = scripts.recon.load_frozen(str(checkpoints["smol"]), CPU, torch.float32, "eager")
     s = scripts.recon.prompt_ids(tokenizer, artifact["prompt"]["messages"], "chat", 1024)
@@ -83,6 +83,7 @@ def test_a_memory_token_has_no_trigger(scripts, checkpoints, work, command):
     assert F.cross_entropy(z, torch.tensor(s)).item() == pytest.approx(artifact["metrics"]["recon"], abs=1e-4)
     r = command(scripts.kd, "--model", checkpoints["smol"], *TINY, *KD, "--prompt", "a.txt", "--queries", "p.queries.txt", "--ae", "none", "--out", "out/kd.pt", "--be", "out/be.pt")
     assert r.code == 0 and losses(load("out/kd.pt"), "L_recon")[0].item() == pytest.approx(artifact["metrics"]["recon"], abs=1e-4)
+    assert load("out/kd.pt")["ae"].shape == (0, 64)
 
 
 def test_both_stages_have_one_trigger(scripts, checkpoints, prepared, work, command):  # noqa: F811
@@ -93,6 +94,10 @@ def test_both_stages_have_one_trigger(scripts, checkpoints, prepared, work, comm
     r = command(scripts.kd, *stage2, "--ae", prepared / "ae.pt")
     assert r.code == 2 and "another [AE]" in r.err and len(r.err.splitlines()) == 1, r.err
     assert torch.equal(load("out/be.pt")["last"], before["last"])
+    assert command(scripts.kd, *stage2, "--ae", "none", "--out", "out/kd.pt", "--be", "out/be.pt").code == 0
+    r = command(scripts.kd, *stage2, "--ae", prepared / "ae.pt", "--out", "out/more.pt", "--be", "out/kd.pt")   # stage 2 hands it on
+    assert r.code == 2 and "another [AE]" in r.err, r.err
+    assert command(scripts.kd, *stage2, "--ae", prepared / "ae.pt", "--be", "out/kd.pt", "--steps", 0).code == 0
     assert command(scripts.kd, *stage2, "--ae", prepared / "ae.pt", "--lam", 1).code == 0                       # no L_recon, so no trigger
 
 

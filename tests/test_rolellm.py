@@ -1,4 +1,5 @@
 """eval_rolellm.py: whole runs on a RoleBench of two roles, its scores, and the judge's client against servers on loopback. data/rolellm/prepare.py, without the network."""
+import contextlib
 import http.server
 import importlib.util
 import json
@@ -52,6 +53,9 @@ def in_process(scripts, role, monkeypatch):
     """The stage scripts' command lines, run by their main() in this process, which spares each its imports -> the list of commands run so far."""
     modules, commands = {"stage1_recon.py": scripts.recon, "stage2_kd.py": scripts.kd}, []
 
+    def ended(code):
+        return contextlib.nullcontext(SimpleNamespace(wait=lambda: code, terminate=lambda: None))
+
     def run(command):
         assert command[0] == sys.executable and Path(command[1]).parent == ROOT
         commands.append(command[1:])
@@ -59,11 +63,11 @@ def in_process(scripts, role, monkeypatch):
         try:
             modules[Path(command[1]).name].main()
         except SystemExit as e:
-            return SimpleNamespace(returncode=e.code)
+            return ended(e.code)
         finally:
             sys.argv = argv
-        return SimpleNamespace(returncode=0)
-    monkeypatch.setattr(role, "subprocess", SimpleNamespace(run=run))
+        return ended(0)
+    monkeypatch.setattr(role, "subprocess", SimpleNamespace(Popen=run))
     return commands
 
 
@@ -151,6 +155,16 @@ def test_training_that_was_killed_is_resumed(role, scripts, checkpoints, work, o
     assert [Path(c[0]).name for c in in_process] == ["stage2_kd.py"] * 2                             # from noise: no stage 1
     assert "--resume" not in in_process[0] and in_process[1][-1] == "--resume" and saves == [2, 4, 4]
     assert result()["roles"][0]["kl"] == torch.load("out/roles/Old_Captain.pt", weights_only=True)["metrics"]["controls"]["[BE], 1 vector"]["kl"]
+
+
+def test_a_stage_is_told_to_stop_and_not_killed(role, checkpoints, work, command, monkeypatch):
+    told = []
+
+    def stop():
+        raise SystemExit(130)                                                                        # what ctrl-C does
+    monkeypatch.setattr(role, "subprocess", SimpleNamespace(Popen=lambda command: contextlib.nullcontext(SimpleNamespace(wait=stop, terminate=lambda: told.append("SIGTERM")))))
+    r = command(role, "--model", checkpoints["smol"], *TINY, "--roles", "Old Captain", "--stage2", "--steps 4 --init=random --lam 1")
+    assert r.code == 130 and told == ["SIGTERM"]
 
 
 def test_the_stages_run_as_processes(role, checkpoints, work, command):

@@ -111,6 +111,7 @@ def test_prompts_trained_together_are_as_trained_alone(name, scripts, checkpoint
         assert command(scripts.kd, *common, *start(name, prepared, p), "--prompt", f"{p}.txt", "--out", f"one/{p}.pt").code == 0
         together, alone = load(f"all/{p}.pt"), load(f"one/{p}.pt")
         assert_close(together, alone)
+        assert together["last"].untyped_storage().nbytes() == alone["last"].untyped_storage().nbytes() == 4 * alone["last"].numel()       # no other prompt's vectors in the file
         assert (alone["vector"].shape[0], alone["layout"]) == {"distillation alone": (2, "chat"), "with L_recon": (1, "chat"), "from stage 1": SLOTS[p]}[name]
         assert len(losses(alone, "L_KD")) == 6 and len(losses(alone, "L_recon")) == {"distillation alone": 0, "with L_recon": 3, "from stage 1": 2}[name]
 

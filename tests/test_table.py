@@ -133,6 +133,10 @@ def test_the_table_stays_when_the_runs_are_gone_and_grows_with_new_ones(table, t
     assert empty.returncode == 0 and {k: v for k, v in made().items() if k[-3:] != "png"} == {k: v for k, v in first.items() if k[-3:] != "png"}
     r = make(("shop.full.s0", 0.1), settings="STEPS=9")
     assert r.returncode == 2 and "STEPS=9" in r.stderr and len(r.stderr.splitlines()) == 1 and made()["table.md"] == first["table.md"]
+    (tmp_path / "bare").mkdir()
+    run(tmp_path / "bare", "pirate.full.s0", 0.9)                                                     # of no known settings
+    r = subprocess.run([sys.executable, ROOT / "results/table.py", "--runs", tmp_path / "bare", "--out", tmp_path / "made/table.md"], capture_output=True, text=True)
+    assert r.returncode == 2 and "no settings.txt" in r.stderr and made()["ablations.jsonl"] == first["ablations.jsonl"]
     assert make(("pirate.full.s1", 0.6), ("pirate.kd.s0", 0.9)).returncode == 0
     runs = [json.loads(x) for x in made()["ablations.jsonl"].splitlines()]
     assert [(r["row"], r["seed"], table.control(r)["gap_closed"]) for r in runs] == [("full", 0, 0.4), ("full", 1, 0.6), ("kd", 0, 0.9)]

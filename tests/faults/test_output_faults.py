@@ -3,6 +3,7 @@
 A file of rows keeps every whole row that was in it, and a torn last one is cut off by the next run. The stages that eval_rolellm.py starts are harnessed by themselves; here their artifact
 is linked into its place. Its judge is a server on loopback.
 """
+import contextlib
 import hashlib
 import http.server
 import json
@@ -101,12 +102,12 @@ def material(checkpoints, scripts, tmp_path_factory):
     def stage(command):                                                     # in the fork: the stage's own writes are no concern here
         if not os.path.exists(out := command[command.index("--out") + 1]):
             os.link("role.pt", out)
-        return SimpleNamespace(returncode=0)
+        return contextlib.nullcontext(SimpleNamespace(wait=lambda: 0, terminate=lambda: None))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     made = {}
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(subprocess, "run", stage)
+        m.setattr(subprocess, "Popen", stage)
         m.setenv("NO_PROXY", "*")
         for case, (script, arguments, older, _) in CASES.items():
             arguments = [*arguments, "--model", base, *(["--judge-url", f"http://127.0.0.1:{server.server_port}/v1"] if case == "rolellm" else [])]
