@@ -612,7 +612,7 @@ def time_to_quality(c):
 
 
 def step_throughput(c):
-    """Item 2. Tokens are those that the rows hold, pads not counted: the bound runs the same number, in as many rows of one length and one pass. The targets are at hand, as from a query's second visit on."""
+    """Item 2. Tokens are those that the rows hold, pads not counted: the bound runs as many, rounded up to rows of one length and credited with all, in one pass. The targets are at hand, as from a query's second visit on."""
     args, body, be = c.args, c.model.get_decoder(), torch.nn.Parameter(noise(c.model, c.args.seed))
     full, be_rows = examples(c, args.prompt, args.batch)
     rows, answers, hidden = zip(*sorted(zip(be_rows, *teacher(c, full)), key=lambda x: len(x[0]) + len(x[1])))              # like lengths together, as in stage 2

@@ -257,8 +257,8 @@ def text_pieces(paths, count):
         fail(f"--text: expected text files in UTF-8, but one cannot be read: {e}")
     words = text.split()
     pieces = [words[i:i + 120] for i in range(0, len(words) - 119, 120)]
-    if len(pieces) < 2:
-        fail(f"--text: expected at least 240 words, found {len(words)}; give more, or leave the option out")
+    if not pieces:
+        fail(f"--text: expected at least 120 words, found {len(words)}; give more, or leave the option out")
     return [pieces[i * len(pieces) // count] for i in range(count)] if count < len(pieces) else pieces
 
 
@@ -288,7 +288,7 @@ def check_weights(folder, base, learned, ids):
             for key in f.keys():
                 old, new = base[key], f.get_tensor(key)
                 if key in learned:
-                    kept = torch.tensor([i not in set(ids) for i in range(len(new))])
+                    kept = ~torch.isin(torch.arange(len(new)), torch.tensor(ids))
                     assert torch.equal(new[ids], learned[key].to(new.dtype)), f"{key}: not the rows that were learned"
                     old, new, old_rows = old[kept[:len(old)]], new[kept], int(kept.sum())
                 assert old.dtype == new.dtype and torch.equal(old.view(torch.uint8), new.view(torch.uint8)), f"{key} differs from the base"
@@ -371,8 +371,9 @@ def main():
         return grown
 
     weight = model.get_output_embeddings().weight
-    head = grown(weight, weight.float().mean(0))                                                     # the mean row gives the mean logit: at most 1/V of the probability after any text (Jensen)
-    pieces, found, seen = text_pieces(args.text, args.pieces), [], 0
+    others = weight[sorted(set(range(rows)) - set(ids))]                                             # a row that is reused is none of them
+    head = grown(weight, others.float().mean(0))                                                     # the mean row gives the mean logit: at most 1/V of the probability after any text (Jensen)
+    pieces, found, seen = text_pieces(args.text, max(args.pieces, len(artifacts))), [], 0
     for i, piece in enumerate(pieces):                                                               # the first 30 words are the question, the rest is the answer
         be, slot, ask = artifacts[i % len(slots)], slots[i % len(slots)], {"role": "user", "content": " ".join(piece[:30])}
         row = layout_ids(tokenizer, be["layout"], slot, [ask]) + text_ids(tokenizer, " ".join(piece[30:]))

@@ -225,7 +225,7 @@ def answer(model, ids, learned, stop, limit, temperature, rng):
 
 
 def stream(tokenizer, tokens):
-    """Print tokens as they come, in whole characters -> (text, how many, seconds to the first, seconds in all)."""
+    """Print tokens as they come, in whole characters -> (text, how many, seconds to the first, seconds to the last)."""
     started, first, total, said, shown = time.perf_counter(), 0.0, 0.0, [], ""
     for token in tokens:
         total = time.perf_counter() - started                                                       # at the last token, not after the pass that follows it
@@ -281,8 +281,8 @@ def main():
             if args.compare:
                 print(f"--- {name}")
             _, n, first, total = stream(tokenizer, answer(model, row, vector, stop, args.max_new_tokens, args.temperature, rng.manual_seed(args.seed)))
-            speed = f"{(n - 1) / (total - first):.1f} tokens a second" if n > 1 else "one token"
-            print(f"    [{len(row)} tokens fed, {n} answered; first after {1000 * first:.0f} ms, then {speed}]\n")
+            speed = f"; first after {1000 * first:.0f} ms" * (n > 0) + (f", then {(n - 1) / (total - first):.1f} tokens a second" if n > 1 else "")
+            print(f"    [{len(row)} tokens fed, {n} answered{speed}]\n")
     if args.query:
         return
 
@@ -309,5 +309,6 @@ def main():
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda number, frame: sys.exit(128 + number))
-    sys.stdin.reconfigure(errors="replace")                 # in a chat, bytes that are not UTF-8
+    if hasattr(sys.stdin, "reconfigure"):                   # not where there is no input at all
+        sys.stdin.reconfigure(errors="replace")             # in a chat, bytes that are not UTF-8
     main()

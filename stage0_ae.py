@@ -411,8 +411,11 @@ def main():
 
     # the texts: for each length of the report, some are kept from training
     texts = read_texts(args.data, tokenizer, args.min_tokens, args.max_tokens)
+    corpus = hashlib.sha256()                                                                       # what a resumed run must find again
+    for ids in texts:
+        corpus.update(torch.tensor(ids, dtype=torch.int32).numpy())
+    corpus = corpus.hexdigest()
     random.Random(args.seed).shuffle(texts)
-    corpus = [len(texts), sum(map(len, texts))]
     held = {n: [i for i, t in enumerate(texts) if len(t) >= n][:args.held_out] for n in (64, 128, 256, 512)}
     kept = {i for rows in held.values() for i in rows}
     train = [t for i, t in enumerate(texts) if i not in kept]
@@ -434,7 +437,7 @@ def main():
         artifact = load_artifact(args.out, "ae", before, d, f"python stage0_ae.py --model {args.model}")
         check_resume(args.out, artifact, vars(args))
         if artifact.get("texts", corpus) != corpus:
-            fail(f"--resume: {args.out} began with {artifact['texts'][0]} texts of {artifact['texts'][1]} tokens, now --data has {corpus[0]} of {corpus[1]}; put them back, or run without --resume to start anew")
+            fail(f"--resume: the texts of --data have changed since {args.out} began; put them back, or run without --resume to start anew")
         ae.data.copy_(artifact["last"])
         optimizer.load_state_dict(artifact["optimizer"])
         first, best, history, skipped, running = (artifact[key] for key in ("step", "best", "history", "skipped", "running"))

@@ -471,14 +471,14 @@ def main():
         else:
             tqdm.write(f"step {step}: the loss or its gradient is not finite; skipped")
 
-        end = done or bool(asked) or bad == 3
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or end:
+        halt = done or bool(asked) or bad == 3
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or halt:
             save_artifact(args.out, {
                 "kind": "be", "stage": "recon", "vector": best["vector"], "layout": args.layout, "prompt": prompt, "step": step + 1, "config": vars(args),
                 "model": {"name": args.model, "revision": getattr(model.config, "_commit_hash", None), "fingerprint": before, "d": d},
                 "metrics": {"recon": best["loss"], "right": best["right"], "n": m}, "history": history, "skipped": skipped, "best": best, "last": be.detach().cpu(), "ae": ae.cpu(),
                 "optimizer": optimizer.state_dict(), "versions": {"nanobe": VERSION, "torch": str(torch.__version__), "transformers": transformers.__version__}})
-        if end:
+        if halt:
             break
     bar.close()
     model.eval()

@@ -825,9 +825,9 @@ def main():
         model.set_attn_implementation("sdpa")               # eager makes (heads, T, T) a layer: 20 GB for the backward pass of L_recon at 3,000 tokens, and slow as the teacher
 
     # the data
-    ae = find_ae("none" if args.lam == 1 else args.ae, before, d, args.model).to(device)            # (1, d) fp32, not trained; (0, d) without
+    ae = find_ae("none" if args.lam == 1 or args.steps == 0 else args.ae, before, d, args.model).to(device)            # (1, d) fp32, not trained; (0, d) without
     if args.lam < 1 and args.steps > 0 and any(t.ae is not None and not torch.equal(t.ae, ae.cpu()) for t in tasks):
-        fail("--ae: stage 1 used another [AE]; name the same one for both stages")
+        fail("--ae: the vector of --be was made with another [AE]; name the same one for both stages")
     for t in tasks:
         make_examples(args, t, model, tokenizer, before, stop, rank)
         print(f"prompt: {t.path}, {len(t.s)} tokens -> {t.k} vector{'s' * (t.k > 1)}; layout {t.layout}; "

@@ -55,7 +55,7 @@ chosen="MODEL=$MODEL${AE:+ AE=$AE} STEPS=$STEPS QUERIES=$QUERIES TESTS=$TESTS ST
 if [ -e "$OUT/settings.txt" ] && [ "$(cat "$OUT/settings.txt")" != "$chosen" ]; then fail "OUT: the runs in $OUT have $(cat "$OUT/settings.txt"), now it is $chosen; give the same, or another OUT"; fi
 kept=$(dirname "$README")/ablations.jsonl
 earlier=$([ ! -e "$kept" ] || "$PYTHON" -c 'import json, sys; print(json.loads(open(sys.argv[1]).readline())["settings"])' "$kept" 2> /dev/null) || fail "README: $kept has no runs of this script in it; restore it, or give another README"
-if [ -n "$earlier" ] && [ "$earlier" != "$chosen" ]; then fail "README: the runs in $kept have $earlier, now it is $chosen; give the same, or another README (and OUT)"; fi
+if [ -e "$kept" ] && [ "$earlier" != "$chosen" ]; then fail "README: the runs in $kept have ${earlier:-no settings}, now it is $chosen; give the same, or another README (and OUT)"; fi
 echo "$chosen" > "$OUT/settings.txt"
 FIRST=$((STEPS < 4 ? 1 : STEPS / 4))
 "$PYTHON" -c 'import re, sys

@@ -84,7 +84,7 @@ def keep(runs, chosen, path):
     except (OSError, ValueError, KeyError, TypeError) as e:
         fail(f"{path}: expected a run of results/ablations.sh in each line ({type(e).__name__}: {e}); restore it, or give another --out")
     if other:
-        fail(f"{path}: its runs have {other.pop()}, the new ones {chosen or 'no settings.txt'}; rows of two settings make no table, give another --out")
+        fail(f"{path}: its runs have {other.pop() or 'no settings'}, the new ones {chosen or 'no settings.txt'}; rows of two settings make no table, give another --out")
     chosen = chosen or (rows[0]["settings"] if rows else "")
     merged |= {(r["prompt"], r["row"], r["seed"]): r | {"settings": chosen} for r in runs}
     return [merged[key] for key in sorted(merged)], chosen

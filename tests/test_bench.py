@@ -235,6 +235,24 @@ def test_a_whole_run_writes_every_item_and_a_second_one_measures_nothing(bench, 
     assert other.code == 2 and "another machine" in other.err and json.loads(Path("r/b.json").read_text()) == changed
 
 
+def test_a_rate_counts_the_tokens_that_ran(bench, folder, command, checkpoints, monkeypatch):
+    """The bare body's rows are rounded up to one length: it is credited with all that it read."""
+    ran, load = {}, bench.load_frozen
+    Path("p.queries.txt").write_text("Why so?\n" + Path("p.queries.txt").read_text())                # rows of several lengths
+
+    def counted(*a):
+        model, tokenizer = load(*a)
+        model.get_decoder().register_forward_pre_hook(lambda module, args, kwargs: ran.update(fed=next(iter(kwargs.values())).shape[:2].numel()), with_kwargs=True)
+        return model, tokenizer
+    monkeypatch.setattr(bench, "load_frozen", counted)
+    monkeypatch.setattr(bench, "rate", lambda device, one: (one(), ran["fed"]))
+    monkeypatch.setattr(bench, "pairs", lambda heads, arms, *a, tokens, **k: [{name: [*arm(), tokens] for name, arm in arms.items()}])
+    assert command(bench, *QUICK, "--model", checkpoints["smol"], "--only", 2).code == 0
+    row, = json.loads(Path("r/b.json").read_text())["items"]["2"]["rows"]
+    (said, fed, tokens), (ours, _, same) = row["bare body"], row["stage 2 step"]
+    assert said == fed > tokens == same == ours
+
+
 @pytest.mark.parametrize("arguments, file, word", [
     (["--only", "9"], None, "--only"),
     (["--repeats", "0"], None, "--repeats"),

@@ -246,7 +246,7 @@ REFUSED = {                                                                 # ca
     "a probability": (["a.pt", "--out", "new", "--bound", "0", "--pieces", "2"], ["above --bound 0", "nothing was written"]),
     "a model with flat logits": (["flat.pt", "--out", "new", "--pieces", "2"], ["in --text, above --bound 0.001, so the model would say it"]),
     "no text": (["a.pt", "--out", "new", "--text", "nowhere.txt"], ["--text: expected text files"]),
-    "little text": (["a.pt", "--out", "new", "--text", "little.txt"], ["expected at least 240 words, found 3"]),
+    "little text": (["a.pt", "--out", "new", "--text", "little.txt"], ["expected at least 120 words, found 3"]),
     "a place that cannot be": (["a.pt", "--out", "a.pt/new", "--pieces", "2"], ["a.pt/new: cannot be written: "]),
     "a message that cannot be": (["a.pt", "--prompt-embeds", "a.pt/new"], ["a.pt/new: cannot be written: "]),
     "two messages": (["a.pt", "a.pt", "--prompt-embeds", "new", "--names", "a", "b"], ["expected one artifact of layout chat, found 2"]),
