@@ -12,7 +12,7 @@ Reads   the artifacts, and the model that they name. The prompt's text does not 
 Writes  --out, a folder of safetensors, tokenizer, chat template and configs, with nanobe.json, which lists its learned tokens. It is written beside its place,
         checked against the base bit by bit, and renamed.
 Expect  the default model: 20 s on one core, 330 MB: a tied head is untied, so the table is there twice. The largest probability that the token has anywhere in
-        some text is printed.
+        --text is printed, and one above --bound refused.
 
 Layout chat keeps the stock chat template. Layout block ships a frame around it: a system message that is the token alone takes the place of the whole system block.
 k > 1 vectors are k tokens, <|be:NAME:0|> and so on; the template writes them out where the system message has <|be:NAME|>.

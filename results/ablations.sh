@@ -59,7 +59,7 @@ if [ -e "$kept" ] && [ "$earlier" != "$chosen" ]; then fail "README: the runs in
 echo "$chosen" > "$OUT/settings.txt"
 FIRST=$((STEPS < 4 ? 1 : STEPS / 4))
 "$PYTHON" -c 'import re, sys
-open(sys.argv[1], "w").write(" ".join(re.split(r"(?<=[.!?])\s+", open("prompts/pirate.txt", encoding="utf-8").read())[:3]) + "\n")' "$OUT/pirate100.txt"          # 99 tokens
+open(sys.argv[1], "w").write(" ".join(re.split(r"(?<=[.!?])\s+", open("prompts/pirate.txt", encoding="utf-8").read())[:3]) + "\n")' "$OUT/pirate100.txt"          # 97 tokens
 
 # run SCRIPT NAME [options]: writes NAME.pt by way of NAME.part.pt, so that NAME.pt is there when it is finished and not before
 run() {
