@@ -114,7 +114,7 @@ def pick_device(device, dtype):
         fast, why = (torch.bfloat16, "this CPU multiplies bf16 natively") if native else (torch.float32, "this CPU has no native bf16")
         attention = "eager"     # as fast as SDPA at chat lengths, twice as fast on CPUs with AMX
     dtype = {"auto": fast, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    name = {"cuda": torch.cuda.get_device_name, "mps": lambda: "Apple GPU", "cpu": lambda: f"{torch.get_num_threads()} threads"}[device]()
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads" if device == "cpu" else "Apple GPU"
     print(f"device: {device} ({name}), weights {str(dtype)[6:]} ({why if dtype == fast else 'as asked'}), attention {attention}")
     return torch.device(device), dtype, attention
 # --- end shared ----------------------------------------------------------
@@ -241,7 +241,7 @@ def chat_ids(tokenizer, messages, generate=True):
 # --- end shared ----------------------------------------------------------
 
 
-# --- shared: prompt ------------------------------------------------------
+# --- shared: read_prompt -------------------------------------------------
 def read_prompt(path):
     """The prompt file -> the messages it stands for. A text file is one system message; a .json file holds a "messages" list, a dialogue. Exits with one line on bad input."""
     try:
@@ -262,20 +262,6 @@ def read_prompt(path):
     if not any(m["content"] for m in messages):
         fail(f"--prompt {path}: it is empty; write the system prompt into it")
     return messages
-
-
-def prompt_ids(tokenizer, messages, layout, limit):
-    """The tokens (s_1, ..., s_m) that the slot stands for: the text of one system message in the chat layout, else the messages with the template's words."""
-    text_only = layout == "chat" and [m["role"] for m in messages] == ["system"]
-    ids = text_ids(tokenizer, messages[0]["content"]) if text_only else chat_ids(tokenizer, messages, generate=False)
-    if not ids:
-        fail("--prompt: this model has no token for any of its characters; give a prompt of plain text")
-    words = chat_ids(tokenizer, [{"role": "system", "content": []}, {"role": "user", "content": []}])
-    if not text_only and ids[0] == tokenizer.bos_token_id and words.count(ids[0]) == 1:
-        ids = ids[1:]                           # a BOS stays before the slot; ChatML opens every turn with its "BOS": that one is a header
-    if len(ids) > limit - 64:
-        fail(f"--prompt: expected at most {limit - 64} tokens (the model's context of {limit} less 64 for a question), found {len(ids)}; shorten the prompt")
-    return ids
 # --- end shared ----------------------------------------------------------
 
 
@@ -319,7 +305,7 @@ def generate(model, rows, stop, limit, temperature=0.0, seed=0, skip=()):
         pads = [width - len(rows[i]) + n for i in part]
         ids = torch.tensor([[0] * p + rows[i][n:] for i, p in zip(part, pads)], device=model.device)                        # (B, w)
         mask = torch.tensor([[1] * n + [0] * p + [1] * (width - p) for p in pads], device=model.device)                     # (B, n + w)
-        cache = copy.deepcopy(prefix) if n else None
+        cache = copy.deepcopy(prefix)
         if n:
             cache.batch_repeat_interleave(len(part))
         said, hidden = [], []
@@ -426,17 +412,17 @@ def naive(model, full, rows, stop, limit, start, lr, seed, tau):
         yield be.detach().float()
 
 
-def kd_step(model, rows, answers, targets, be, optimizer, micro, full=False, tau=2.0):
-    """One step of stage 2's loop in passes of `micro` rows, whose gradients add up: L_KD. targets: of soft_target, a pair a row; or full, the teacher's hidden states, and the logits of a pass at once."""
+def kd_step(model, rows, answers, targets, be, optimizer, micro, full=False):
+    """One step of stage 2's loop in passes of `micro` rows, whose gradients add up: L_KD at tau 2. targets: of soft_target, a pair a row; or full, the teacher's hidden states, and the logits of a pass at once."""
     weight, tokens = model.get_output_embeddings().weight, sum(map(len, answers))
     optimizer.zero_grad()
     for i in range(0, len(rows), micro):
         student = answer_hidden(model, rows[i:i + micro], answers[i:i + micro], be)                 # (sum T, d)
         if full:
-            losses = full_loss(student @ weight.T, torch.cat(targets[i:i + micro]).to(student) @ weight.T, tau)
+            losses = full_loss(student @ weight.T, torch.cat(targets[i:i + micro]).to(student) @ weight.T, 2.0)
         else:
             means, entropies = zip(*targets[i:i + micro])
-            losses = token_loss(student, weight, torch.cat(means), tau) - torch.cat(entropies)
+            losses = token_loss(student, weight, torch.cat(means), 2.0) - torch.cat(entropies)
         (losses.sum() / tokens).backward()
     optimizer.step()
 
@@ -780,14 +766,12 @@ def claim(path):
 
 def plots(path, items):
     """The curves of item 1 and the times to first token of item 5, beside the figures."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     for item, name in (("1", "quality"), ("5", "ttft")):
         if item not in items:
             continue
-        figure, ax = pyplot.subplots(figsize=(7, 4))
-        rows = items[item]["rows"]
+        figure, image, rows = Figure(figsize=(7, 4)), io.BytesIO(), items[item]["rows"]
+        ax = figure.subplots()
         if item == "1":
             ax.set(title="time to quality", xlabel="seconds", ylabel="held-out gap closed")
             for row in rows[:-1]:
@@ -801,9 +785,7 @@ def plots(path, items):
                 ax.plot(x, y, marker="o", label=f"{who}, batch {batch}")
                 ax.fill_between(x, low, high, alpha=0.3)
         ax.legend()
-        image = io.BytesIO()
         figure.savefig(image, dpi=100, bbox_inches="tight")
-        pyplot.close(figure)
         save(Path(path).with_name(f"{Path(path).stem}-{name}.png"), image.getvalue())
 
 
@@ -821,7 +803,7 @@ def main():
     if Path(args.out).exists():
         try:
             results = json.loads(Path(args.out).read_text(encoding="utf-8"))
-            old = [(item["settings"], item["rows"], item["machine"])[2] for item in results["items"].values()]
+            old = [machine for machine, _, _ in ((item["machine"], item["settings"], item["rows"]) for item in results["items"].values())]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             fail(f"--out {args.out}: expected figures of an earlier run, found something else; give another --out")
     device, dtype, attention = pick_device(args.device, args.dtype)
@@ -831,7 +813,7 @@ def main():
             fail(f"--out {args.out}: its figures come from another machine or other versions ({there}); give another --out")
     model, tokenizer = load_frozen(args.model, device, dtype, attention, args.trust_remote_code)
     ends = model.generation_config.eos_token_id
-    stop = torch.tensor(ends if isinstance(ends, list) else [ends if ends is not None else tokenizer.eos_token_id])
+    stop = torch.tensor(tokenizer.eos_token_id if ends is None else ends).view(-1)
     common = ["--model", args.model, "--seed", args.seed, "--device", args.device, "--dtype", args.dtype, *["--trust-remote-code"] * args.trust_remote_code]
     for item in sorted(set(args.only)):
         function, name, uses = ITEMS[item]

@@ -9,7 +9,7 @@
 
 full prompt   the dialogue of --prompt, then the question, in the model's own template
 NAME          [BE] of NAME.pt, then the question, in the layout that stands in the artifact
-no prompt     the full prompt's input with the dialogue left out; a default system prompt that the template adds by itself stands in both
+no prompt     the full prompt's input with the dialogue left out; where the dialogue has no system message, a default one that the template adds by itself stands in both
 
 Reads   data/gsm8k/test.jsonl ("question", "answer" with #### gold), the prompt, the artifacts.
 Writes  out/gsm8k.jsonl, a row an answer, and the table beside it as out/gsm8k.json. A killed run goes on when the same command runs again: a row counts
@@ -102,7 +102,7 @@ def pick_device(device, dtype):
         fast, why = (torch.bfloat16, "this CPU multiplies bf16 natively") if native else (torch.float32, "this CPU has no native bf16")
         attention = "eager"     # as fast as SDPA at chat lengths, twice as fast on CPUs with AMX
     dtype = {"auto": fast, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    name = {"cuda": torch.cuda.get_device_name, "mps": lambda: "Apple GPU", "cpu": lambda: f"{torch.get_num_threads()} threads"}[device]()
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads" if device == "cpu" else "Apple GPU"
     print(f"device: {device} ({name}), weights {str(dtype)[6:]} ({why if dtype == fast else 'as asked'}), attention {attention}")
     return torch.device(device), dtype, attention
 # --- end shared ----------------------------------------------------------
@@ -148,7 +148,7 @@ def embed(model, ids, learned):
 # --- end shared ----------------------------------------------------------
 
 
-# --- shared: load_artifact -----------------------------------------------
+# --- shared: fingerprint -------------------------------------------------
 def fingerprint(model):
     """sha256 over the names, shapes and bf16 bits of all weights: the same for a model opened in bf16 or in fp32."""
     h = hashlib.sha256()
@@ -156,26 +156,26 @@ def fingerprint(model):
         h.update(f"{name} {tuple(w.shape)}".encode())
         h.update(w.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
     return h.hexdigest()
+# --- end shared ----------------------------------------------------------
 
 
+# --- shared: load_artifact -----------------------------------------------
 def load_artifact(path, kind, model_print, d, maker, strict=True):
     """The artifact at `path`, whole, of this kind ("ae" or "be"), for this model. Exits with one line that names `maker`, the command that makes the
     right one; strict=False returns None for another model's artifact; model_print None takes any model's."""
-    a = None
     try:
         data = Path(path).read_bytes()
-        if data[-64:] == hashlib.sha256(data[:-64]).hexdigest().encode():                           # else it is not even opened
-            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            v, m, p = found["vector"], found["model"], found.get("prompt")
-            if (v.dtype == torch.float32 and v.dim() == 2 and len(v) and v.shape[1] == m["d"] and v.is_contiguous() and v.isfinite().all()
-                    and {"name", "fingerprint"} <= set(m) and found["layout"] in ("chat", "block") and (found["kind"] == "ae" or found["kind"] == "be"
-                    and found["stage"] in ("recon", "kd") and p["tokens"] and all(isinstance(x["role"] + x["content"], str) for x in p["messages"]))):
-                a = found
+        whole = data[-64:] == hashlib.sha256(data[:-64]).hexdigest().encode()
+        a = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True) if whole else {}    # a file that was cut or changed is not even opened
+        v, m, p = a["vector"], a["model"], a.get("prompt")
+        whole = (v.dtype == torch.float32 and v.dim() == 2 and len(v) and v.shape[1] == m["d"] and v.is_contiguous() and v.isfinite().all()
+                 and {"name", "fingerprint"} <= set(m) and a["layout"] in ("chat", "block") and (a["kind"] == "ae" or a["kind"] == "be"
+                 and a["stage"] in ("recon", "kd") and p["tokens"] and all(isinstance(x["role"] + x["content"], str) for x in p["messages"])))
     except FileNotFoundError:
         fail(f"{path}: not there; make it with: {maker}")
     except Exception:           # a file of other content raises many types, in torch.load and here; each means the same
-        pass
-    if a is None:
+        whole = False
+    if not whole:
         fail(f"{path}: not a whole artifact (truncated, changed, or another kind of file); make it again with: {maker}")
     if a["kind"] != kind:
         fail(f"{path}: expected an artifact of kind '{kind}', found '{a['kind']}'; make one with: {maker}")
@@ -215,7 +215,7 @@ def chat_ids(tokenizer, messages, generate=True):
 # --- end shared ----------------------------------------------------------
 
 
-# --- shared: prompt ------------------------------------------------------
+# --- shared: read_prompt -------------------------------------------------
 def read_prompt(path):
     """The prompt file -> the messages it stands for. A text file is one system message; a .json file holds a "messages" list, a dialogue. Exits with one line on bad input."""
     try:
@@ -236,8 +236,10 @@ def read_prompt(path):
     if not any(m["content"] for m in messages):
         fail(f"--prompt {path}: it is empty; write the system prompt into it")
     return messages
+# --- end shared ----------------------------------------------------------
 
 
+# --- shared: prompt_ids --------------------------------------------------
 def prompt_ids(tokenizer, messages, layout, limit):
     """The tokens (s_1, ..., s_m) that the slot stands for: the text of one system message in the chat layout, else the messages with the template's words."""
     text_only = layout == "chat" and [m["role"] for m in messages] == ["system"]
@@ -467,8 +469,9 @@ def main():
         fail(f"--out {out}: cannot be written: {e.strerror}")
 
     # the answers: a batch of questions in all conditions, then the next batch
-    (done, there), wanted, shared = read_rows(out, args.max_new_tokens), {key for part in keys.values() for key in part}, {}
-    todo = len(wanted - set(done))
+    done, there = read_rows(out, args.max_new_tokens)
+    wanted, begun = set(itertools.chain(*keys.values())), {}                                         # begun: for each condition the length and the cache of what all its rows begin with
+    todo = len(wanted - done.keys())
     print(f"prompt: {args.prompt}, {prompt_tokens} tokens; {len(questions)} questions of {args.data}, {args.split}; {len(conditions)} conditions\n"
           f"{len(wanted) - todo} answers found, {todo} to make; {there - len(wanted) + todo} rows in {out} come from other settings and do not count")
     with file, tqdm(total=todo, desc="answers", dynamic_ncols=True) as bar, torch.no_grad():
@@ -477,12 +480,12 @@ def main():
             part = [q for q in range(len(questions))[start:start + args.batch] if keys[name][q] not in done]
             if not part:
                 continue
-            if name not in shared:                                                                   # the prompt, run once for all questions
+            if name not in begun:                                                                    # the prompt, run once for all questions
                 n = min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)                    # each row keeps a token of its own
                 embeds = embed(model, torch.tensor([rows[0][:n]], device=device), learned)           # (1, n, d), [BE] in it
-                shared[name] = n, model.get_decoder()(inputs_embeds=embeds, use_cache=True).past_key_values
+                begun[name] = n, model.get_decoder()(inputs_embeds=embeds, use_cache=True).past_key_values
             began = time.perf_counter()
-            said = generate(model, [rows[q] for q in part], *shared[name], learned, stop, args.max_new_tokens)
+            said = generate(model, [rows[q] for q in part], *begun[name], learned, stop, args.max_new_tokens)
             seconds = (time.perf_counter() - began) / len(part)
             made = []
             for q, ids in zip(part, said):

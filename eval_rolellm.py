@@ -132,7 +132,7 @@ def pick_device(device, dtype):
         fast, why = (torch.bfloat16, "this CPU multiplies bf16 natively") if native else (torch.float32, "this CPU has no native bf16")
         attention = "eager"     # as fast as SDPA at chat lengths, twice as fast on CPUs with AMX
     dtype = {"auto": fast, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    name = {"cuda": torch.cuda.get_device_name, "mps": lambda: "Apple GPU", "cpu": lambda: f"{torch.get_num_threads()} threads"}[device]()
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads" if device == "cpu" else "Apple GPU"
     print(f"device: {device} ({name}), weights {str(dtype)[6:]} ({why if dtype == fast else 'as asked'}), attention {attention}")
     return torch.device(device), dtype, attention
 # --- end shared ----------------------------------------------------------
@@ -178,7 +178,7 @@ def embed(model, ids, learned):
 # --- end shared ----------------------------------------------------------
 
 
-# --- shared: load_artifact -----------------------------------------------
+# --- shared: fingerprint -------------------------------------------------
 def fingerprint(model):
     """sha256 over the names, shapes and bf16 bits of all weights: the same for a model opened in bf16 or in fp32."""
     h = hashlib.sha256()
@@ -186,26 +186,26 @@ def fingerprint(model):
         h.update(f"{name} {tuple(w.shape)}".encode())
         h.update(w.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
     return h.hexdigest()
+# --- end shared ----------------------------------------------------------
 
 
+# --- shared: load_artifact -----------------------------------------------
 def load_artifact(path, kind, model_print, d, maker, strict=True):
     """The artifact at `path`, whole, of this kind ("ae" or "be"), for this model. Exits with one line that names `maker`, the command that makes the
     right one; strict=False returns None for another model's artifact; model_print None takes any model's."""
-    a = None
     try:
         data = Path(path).read_bytes()
-        if data[-64:] == hashlib.sha256(data[:-64]).hexdigest().encode():                           # else it is not even opened
-            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            v, m, p = found["vector"], found["model"], found.get("prompt")
-            if (v.dtype == torch.float32 and v.dim() == 2 and len(v) and v.shape[1] == m["d"] and v.is_contiguous() and v.isfinite().all()
-                    and {"name", "fingerprint"} <= set(m) and found["layout"] in ("chat", "block") and (found["kind"] == "ae" or found["kind"] == "be"
-                    and found["stage"] in ("recon", "kd") and p["tokens"] and all(isinstance(x["role"] + x["content"], str) for x in p["messages"]))):
-                a = found
+        whole = data[-64:] == hashlib.sha256(data[:-64]).hexdigest().encode()
+        a = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True) if whole else {}    # a file that was cut or changed is not even opened
+        v, m, p = a["vector"], a["model"], a.get("prompt")
+        whole = (v.dtype == torch.float32 and v.dim() == 2 and len(v) and v.shape[1] == m["d"] and v.is_contiguous() and v.isfinite().all()
+                 and {"name", "fingerprint"} <= set(m) and a["layout"] in ("chat", "block") and (a["kind"] == "ae" or a["kind"] == "be"
+                 and a["stage"] in ("recon", "kd") and p["tokens"] and all(isinstance(x["role"] + x["content"], str) for x in p["messages"])))
     except FileNotFoundError:
         fail(f"{path}: not there; make it with: {maker}")
     except Exception:           # a file of other content raises many types, in torch.load and here; each means the same
-        pass
-    if a is None:
+        whole = False
+    if not whole:
         fail(f"{path}: not a whole artifact (truncated, changed, or another kind of file); make it again with: {maker}")
     if a["kind"] != kind:
         fail(f"{path}: expected an artifact of kind '{kind}', found '{a['kind']}'; make one with: {maker}")
@@ -384,7 +384,7 @@ def generate(model, rows, learned, stop, limit, temperature, top_p, seeds):
             if ended.any(1).all():
                 break
         for row, i in enumerate(part):
-            yield i, said[row, :int(ended[row].float().argmax()) if ended[row].any() else None].tolist()
+            yield i, list(itertools.takewhile(lambda x: x not in stop, said[row].tolist()))
 
 
 def read_verdict(reply):
@@ -538,7 +538,7 @@ def main():
     model, tokenizer = load_frozen(args.model, device, dtype, attention, args.trust_remote_code)
     before, d = fingerprint(model), model.get_input_embeddings().weight.shape[1]
     ends = model.generation_config.eos_token_id
-    stop = torch.tensor(ends if isinstance(ends, list) else [ends if ends is not None else tokenizer.eos_token_id])
+    stop = torch.tensor(tokenizer.eos_token_id if ends is None else ends).view(-1)
     room = model.config.max_position_embeddings - args.max_new_tokens
     sampling = [args.temperature, args.top_p, args.seed] if args.temperature > 0 else []
 

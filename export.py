@@ -119,7 +119,7 @@ def embed(model, ids, learned):
 # --- end shared ----------------------------------------------------------
 
 
-# --- shared: load_artifact -----------------------------------------------
+# --- shared: fingerprint -------------------------------------------------
 def fingerprint(model):
     """sha256 over the names, shapes and bf16 bits of all weights: the same for a model opened in bf16 or in fp32."""
     h = hashlib.sha256()
@@ -127,26 +127,26 @@ def fingerprint(model):
         h.update(f"{name} {tuple(w.shape)}".encode())
         h.update(w.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
     return h.hexdigest()
+# --- end shared ----------------------------------------------------------
 
 
+# --- shared: load_artifact -----------------------------------------------
 def load_artifact(path, kind, model_print, d, maker, strict=True):
     """The artifact at `path`, whole, of this kind ("ae" or "be"), for this model. Exits with one line that names `maker`, the command that makes the
     right one; strict=False returns None for another model's artifact; model_print None takes any model's."""
-    a = None
     try:
         data = Path(path).read_bytes()
-        if data[-64:] == hashlib.sha256(data[:-64]).hexdigest().encode():                           # else it is not even opened
-            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            v, m, p = found["vector"], found["model"], found.get("prompt")
-            if (v.dtype == torch.float32 and v.dim() == 2 and len(v) and v.shape[1] == m["d"] and v.is_contiguous() and v.isfinite().all()
-                    and {"name", "fingerprint"} <= set(m) and found["layout"] in ("chat", "block") and (found["kind"] == "ae" or found["kind"] == "be"
-                    and found["stage"] in ("recon", "kd") and p["tokens"] and all(isinstance(x["role"] + x["content"], str) for x in p["messages"]))):
-                a = found
+        whole = data[-64:] == hashlib.sha256(data[:-64]).hexdigest().encode()
+        a = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True) if whole else {}    # a file that was cut or changed is not even opened
+        v, m, p = a["vector"], a["model"], a.get("prompt")
+        whole = (v.dtype == torch.float32 and v.dim() == 2 and len(v) and v.shape[1] == m["d"] and v.is_contiguous() and v.isfinite().all()
+                 and {"name", "fingerprint"} <= set(m) and a["layout"] in ("chat", "block") and (a["kind"] == "ae" or a["kind"] == "be"
+                 and a["stage"] in ("recon", "kd") and p["tokens"] and all(isinstance(x["role"] + x["content"], str) for x in p["messages"])))
     except FileNotFoundError:
         fail(f"{path}: not there; make it with: {maker}")
     except Exception:           # a file of other content raises many types, in torch.load and here; each means the same
-        pass
-    if a is None:
+        whole = False
+    if not whole:
         fail(f"{path}: not a whole artifact (truncated, changed, or another kind of file); make it again with: {maker}")
     if a["kind"] != kind:
         fail(f"{path}: expected an artifact of kind '{kind}', found '{a['kind']}'; make one with: {maker}")
@@ -372,7 +372,7 @@ def main():
 
     weight = model.get_output_embeddings().weight
     others = weight[sorted(set(range(rows)) - set(ids))]                                             # a row that is reused is none of them
-    head = grown(weight, others.float().mean(0))                                                     # the mean row gives the mean logit: at most 1/V of the probability after any text (Jensen)
+    head = grown(weight, others.float().mean(0))
     pieces, found, seen = text_pieces(args.text, max(args.pieces, len(artifacts))), [], 0
     for i, piece in enumerate(pieces):                                                               # the first 30 words are the question, the rest is the answer
         be, slot, ask = artifacts[i % len(slots)], slots[i % len(slots)], {"role": "user", "content": " ".join(piece[:30])}

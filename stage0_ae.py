@@ -1,6 +1,6 @@
 """Stage 0: learn [AE], one input embedding that makes a frozen chat model repeat the text that stands before it.
 
-    input   x_1 ... x_n [AE] x_1 ... x_n        loss   L_AE = mean_i -log P(x_i | x_1..n, [AE], x_<i)   over the copy and its end token   (paper, stage 0)
+    input   x_1 ... x_n [AE] x_1 ... x_n        loss   L_AE = mean_i -log P(x_i | x_1..n, [AE], x_<i)   over the copy (paper, stage 0), and over the end token after it
 
 Only the d numbers of [AE] are trained. It is universal: one [AE] a model, made once, used by stage 1 for every prompt.
 
@@ -99,7 +99,7 @@ def pick_device(device, dtype):
         fast, why = (torch.bfloat16, "this CPU multiplies bf16 natively") if native else (torch.float32, "this CPU has no native bf16")
         attention = "eager"     # as fast as SDPA at chat lengths, twice as fast on CPUs with AMX
     dtype = {"auto": fast, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    name = {"cuda": torch.cuda.get_device_name, "mps": lambda: "Apple GPU", "cpu": lambda: f"{torch.get_num_threads()} threads"}[device]()
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads" if device == "cpu" else "Apple GPU"
     print(f"device: {device} ({name}), weights {str(dtype)[6:]} ({why if dtype == fast else 'as asked'}), attention {attention}")
     return torch.device(device), dtype, attention
 # --- end shared ----------------------------------------------------------
@@ -180,7 +180,7 @@ def token_loss(hidden, weight, target, tau=1.0, chunk=128):
 # --- end shared ----------------------------------------------------------
 
 
-# --- shared: load_artifact -----------------------------------------------
+# --- shared: fingerprint -------------------------------------------------
 def fingerprint(model):
     """sha256 over the names, shapes and bf16 bits of all weights: the same for a model opened in bf16 or in fp32."""
     h = hashlib.sha256()
@@ -188,26 +188,26 @@ def fingerprint(model):
         h.update(f"{name} {tuple(w.shape)}".encode())
         h.update(w.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
     return h.hexdigest()
+# --- end shared ----------------------------------------------------------
 
 
+# --- shared: load_artifact -----------------------------------------------
 def load_artifact(path, kind, model_print, d, maker, strict=True):
     """The artifact at `path`, whole, of this kind ("ae" or "be"), for this model. Exits with one line that names `maker`, the command that makes the
     right one; strict=False returns None for another model's artifact; model_print None takes any model's."""
-    a = None
     try:
         data = Path(path).read_bytes()
-        if data[-64:] == hashlib.sha256(data[:-64]).hexdigest().encode():                           # else it is not even opened
-            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            v, m, p = found["vector"], found["model"], found.get("prompt")
-            if (v.dtype == torch.float32 and v.dim() == 2 and len(v) and v.shape[1] == m["d"] and v.is_contiguous() and v.isfinite().all()
-                    and {"name", "fingerprint"} <= set(m) and found["layout"] in ("chat", "block") and (found["kind"] == "ae" or found["kind"] == "be"
-                    and found["stage"] in ("recon", "kd") and p["tokens"] and all(isinstance(x["role"] + x["content"], str) for x in p["messages"]))):
-                a = found
+        whole = data[-64:] == hashlib.sha256(data[:-64]).hexdigest().encode()
+        a = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True) if whole else {}    # a file that was cut or changed is not even opened
+        v, m, p = a["vector"], a["model"], a.get("prompt")
+        whole = (v.dtype == torch.float32 and v.dim() == 2 and len(v) and v.shape[1] == m["d"] and v.is_contiguous() and v.isfinite().all()
+                 and {"name", "fingerprint"} <= set(m) and a["layout"] in ("chat", "block") and (a["kind"] == "ae" or a["kind"] == "be"
+                 and a["stage"] in ("recon", "kd") and p["tokens"] and all(isinstance(x["role"] + x["content"], str) for x in p["messages"])))
     except FileNotFoundError:
         fail(f"{path}: not there; make it with: {maker}")
     except Exception:           # a file of other content raises many types, in torch.load and here; each means the same
-        pass
-    if a is None:
+        whole = False
+    if not whole:
         fail(f"{path}: not a whole artifact (truncated, changed, or another kind of file); make it again with: {maker}")
     if a["kind"] != kind:
         fail(f"{path}: expected an artifact of kind '{kind}', found '{a['kind']}'; make one with: {maker}")
@@ -287,10 +287,10 @@ def claim(path):
         fail(f"--out {path}: cannot be written ({e.strerror}); give another --out")
 
 
-def on_stop(action):
-    """SIGINT and SIGTERM call action(signal number): the loop finishes its step and saves; elsewhere the run ends at once. The exit code is 128 + the number."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: action(number))
+def on_stop(action=lambda n: sys.exit(128 + n)):
+    """SIGINT and SIGTERM call action(signal number): by default the run ends at once; the loop finishes its step and saves. The exit code is 128 + the number."""
+    for n in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(n, lambda n, frame: action(n))
 # --- end shared ----------------------------------------------------------
 
 
@@ -342,14 +342,14 @@ def read_texts(patterns, tokenizer, shortest, longest):
     return [t for t in ids if len(t) >= shortest]
 
 
-def copy_hidden(model, ids, ae, start):
-    """The last hidden states that predict the copy and its end token. ids (B, n); ae (1, d), or None for no trigger; start: the ids that open the sequence -> (B, n + 1, d).
+def copy_hidden(model, ids, ae, words):
+    """The last hidden states that predict the copy and its end token. ids (B, n); ae (1, d), or None for no trigger; words: the template's ids before the slot -> (B, n + 1, d).
 
     The first x_1 ... x_n does not depend on [AE]: it runs without a graph and leaves its keys and values, so that the backward pass covers the copy only.
     """
     body = model.get_decoder()
     with torch.no_grad():
-        first = body(input_ids=torch.cat([ids.new_tensor(start).expand(len(ids), -1), ids], 1), use_cache=True)                 # (B, s + n, d)
+        first = body(input_ids=torch.cat([ids.new_tensor(words).expand(len(ids), -1), ids], 1), use_cache=True)                 # (B, s + n, d)
     if ae is None:
         copy = body(input_ids=ids, past_key_values=first.past_key_values, use_cache=True).last_hidden_state                     # (B, n, d)
         return torch.cat([first.last_hidden_state[:, -1:], copy], 1)
@@ -358,16 +358,16 @@ def copy_hidden(model, ids, ae, start):
 
 
 @torch.no_grad()
-def copy_scores(model, ids, ae, start, end, greedy):
+def copy_scores(model, ids, ae, words, end, greedy):
     """How well ids (B, n) come back -> (mean loss in nats, share of right tokens with the true past given, share given back by greedy decoding or None)."""
     body, weight = model.get_decoder(), model.get_output_embeddings().weight
-    hidden = torch.cat([copy_hidden(model, row[None], ae, start) for row in ids])                                               # one text at a time: little memory
+    hidden = torch.cat([copy_hidden(model, row[None], ae, words) for row in ids])                                               # one text at a time: little memory
     target = torch.cat([ids, torch.full_like(ids[:, :1], end)], 1)                                                              # (B, n + 1)
     loss = token_loss(hidden.flatten(0, 1), weight, target.flatten()).mean().item()
     right = torch.cat([(h @ weight.T).argmax(-1) == t for h, t in zip(hidden, target)]).float().mean().item()
     if not greedy:
         return loss, right, None
-    out = body(input_ids=torch.cat([ids.new_tensor(start).expand(len(ids), -1), ids], 1), use_cache=True)
+    out = body(input_ids=torch.cat([ids.new_tensor(words).expand(len(ids), -1), ids], 1), use_cache=True)
     if ae is not None:
         out = body(inputs_embeds=embed(model, torch.full_like(ids[:, :1], -1), ae), past_key_values=out.past_key_values, use_cache=True)
     said = []
@@ -394,7 +394,7 @@ def plot(path, history, title):
 
 def main():
     args = settings()
-    on_stop(lambda number: sys.exit(128 + number))
+    on_stop()
     rank, world = ranks()
     if args.device_map and world > 1:
         fail("--device-map: spreads one process over all GPUs; run it without torchrun")
@@ -406,8 +406,8 @@ def main():
     weight = model.get_output_embeddings().weight                                                   # (V, d), tied to the input table or not
     before, d, end = fingerprint(model), weight.shape[1], tokenizer.eos_token_id
     # X stands where a system message would, as [BE] will: the ids that open the template come first. At position 0 it would sit on the attention sink.
-    start = chat_ids(tokenizer, [{"role": "system", "content": [-1]}], generate=False)
-    start = start[:start.index(-1)]
+    words = chat_ids(tokenizer, [{"role": "system", "content": [-1]}], generate=False)
+    words = words[:words.index(-1)]
 
     # the texts: for each length of the report, some are kept from training
     texts = read_texts(args.data, tokenizer, args.min_tokens, args.max_tokens)
@@ -431,7 +431,7 @@ def main():
     args.lr = float(f"{0.22 * table.std():.2g}") if args.lr is None else args.lr
     del table
     ae = torch.nn.Parameter(noise.clone().to(device))                                               # (1, d) fp32
-    optimizer = torch.optim.AdamW([ae], lr=args.lr, weight_decay=0)
+    optimizer = torch.optim.AdamW([ae], weight_decay=0)
     first, best, history, running, skipped = 0, {"loss": math.inf, "vector": noise}, [], [], 0
     if args.resume:
         artifact = load_artifact(args.out, "ae", before, d, f"python stage0_ae.py --model {args.model}")
@@ -459,17 +459,17 @@ def main():
         lr = args.lr * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / args.steps))
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad()
-        total = torch.zeros((), device=device)
+        sums = torch.zeros(2, device=device)                                                        # the loss, and whether the run is told to stop
         for micro in range(step * args.accumulate + rank, (step + 1) * args.accumulate, world):
             rows = [train[i] for i in epoch(micro // per_epoch)[micro % per_epoch]]
             ids = torch.tensor([r[:min(map(len, rows))] for r in rows], device=device)              # (B, n), cut to the shortest text, so there is no padding
             target = torch.cat([ids, torch.full_like(ids[:, :1], end)], 1)                          # (B, n + 1)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and dtype == torch.bfloat16):
-                hidden = copy_hidden(model, ids, ae, start)                                         # (B, n + 1, d): X [AE] X, the gradient reaches [AE] alone
+                hidden = copy_hidden(model, ids, ae, words)                                         # (B, n + 1, d): X [AE] X, the gradient reaches [AE] alone
                 loss = token_loss(hidden.flatten(0, 1), weight, target.flatten()).mean() / args.accumulate
             loss.backward()
-            total += loss.detach()
-        sums = torch.stack([total, torch.tensor(float(bool(asked)), device=device)])
+            sums[0] += loss.detach()
+        sums[1] = bool(asked)
         if world > 1:
             torch.distributed.all_reduce(ae.grad)
             torch.distributed.all_reduce(sums)
@@ -483,7 +483,7 @@ def main():
 
         due, halt = (step + 1) % args.eval_every == 0 or step + 1 == args.steps, sums[1] > 0 or bad == 3
         if due and rank == 0:
-            scores = [copy_scores(model, ids, ae.detach(), start, end, greedy=False) for n, ids in held.items() if n < 512]
+            scores = [copy_scores(model, ids, ae.detach(), words, end, greedy=False) for n, ids in held.items() if n < 512]
             loss, right = (sum(s[i] for s in scores) / len(scores) for i in (0, 1))
             history.append({"step": step + 1, "train": sum(running) / max(1, len(running)), "held-out": loss})
             tqdm.write(f"step {step + 1}: train {history[-1]['train']:.4f}, held-out {loss:.4f}, copied with the true past given {right:.2%}, lr {lr:.1e}")
@@ -501,7 +501,7 @@ def main():
         bar.set_postfix(held_out=f"{best['loss']:.3f}")
     bar.close()
     barrier()                                               # torchrun ends the others as soon as one process leaves: not before rank 0 has saved
-    on_stop(lambda number: sys.exit(128 + number))
+    on_stop()
     if bad == 3:
         fail(f"steps {step - 2} to {step}: the loss or its gradient was not finite three times in a row; the last good vector is in {args.out}; start anew with a --lr below {args.lr}", code=1)
     if halt or asked:
@@ -515,7 +515,7 @@ def main():
     report = {}
     for n, ids in held.items():
         for name, vector in vectors.items():
-            loss, right, back = copy_scores(model, ids, vector, start, end, greedy=True)
+            loss, right, back = copy_scores(model, ids, vector, words, end, greedy=True)
             report[f"{n} {name}"] = {"loss": loss, "right": right, "greedy": back, "n": len(ids)}
             print(f"{n:4d} tokens, {name:7s} n = {len(ids):3d}   loss {loss:.4f}   right with the true past given {right:7.2%}   given back by greedy decoding {back:7.2%}", flush=True)
     if artifact.get("report") != report:

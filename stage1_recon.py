@@ -95,7 +95,7 @@ def pick_device(device, dtype):
         fast, why = (torch.bfloat16, "this CPU multiplies bf16 natively") if native else (torch.float32, "this CPU has no native bf16")
         attention = "eager"     # as fast as SDPA at chat lengths, twice as fast on CPUs with AMX
     dtype = {"auto": fast, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    name = {"cuda": torch.cuda.get_device_name, "mps": lambda: "Apple GPU", "cpu": lambda: f"{torch.get_num_threads()} threads"}[device]()
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads" if device == "cpu" else "Apple GPU"
     print(f"device: {device} ({name}), weights {str(dtype)[6:]} ({why if dtype == fast else 'as asked'}), attention {attention}")
     return torch.device(device), dtype, attention
 # --- end shared ----------------------------------------------------------
@@ -176,7 +176,7 @@ def token_loss(hidden, weight, target, tau=1.0, chunk=128):
 # --- end shared ----------------------------------------------------------
 
 
-# --- shared: load_artifact -----------------------------------------------
+# --- shared: fingerprint -------------------------------------------------
 def fingerprint(model):
     """sha256 over the names, shapes and bf16 bits of all weights: the same for a model opened in bf16 or in fp32."""
     h = hashlib.sha256()
@@ -184,26 +184,26 @@ def fingerprint(model):
         h.update(f"{name} {tuple(w.shape)}".encode())
         h.update(w.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
     return h.hexdigest()
+# --- end shared ----------------------------------------------------------
 
 
+# --- shared: load_artifact -----------------------------------------------
 def load_artifact(path, kind, model_print, d, maker, strict=True):
     """The artifact at `path`, whole, of this kind ("ae" or "be"), for this model. Exits with one line that names `maker`, the command that makes the
     right one; strict=False returns None for another model's artifact; model_print None takes any model's."""
-    a = None
     try:
         data = Path(path).read_bytes()
-        if data[-64:] == hashlib.sha256(data[:-64]).hexdigest().encode():                           # else it is not even opened
-            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            v, m, p = found["vector"], found["model"], found.get("prompt")
-            if (v.dtype == torch.float32 and v.dim() == 2 and len(v) and v.shape[1] == m["d"] and v.is_contiguous() and v.isfinite().all()
-                    and {"name", "fingerprint"} <= set(m) and found["layout"] in ("chat", "block") and (found["kind"] == "ae" or found["kind"] == "be"
-                    and found["stage"] in ("recon", "kd") and p["tokens"] and all(isinstance(x["role"] + x["content"], str) for x in p["messages"]))):
-                a = found
+        whole = data[-64:] == hashlib.sha256(data[:-64]).hexdigest().encode()
+        a = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True) if whole else {}    # a file that was cut or changed is not even opened
+        v, m, p = a["vector"], a["model"], a.get("prompt")
+        whole = (v.dtype == torch.float32 and v.dim() == 2 and len(v) and v.shape[1] == m["d"] and v.is_contiguous() and v.isfinite().all()
+                 and {"name", "fingerprint"} <= set(m) and a["layout"] in ("chat", "block") and (a["kind"] == "ae" or a["kind"] == "be"
+                 and a["stage"] in ("recon", "kd") and p["tokens"] and all(isinstance(x["role"] + x["content"], str) for x in p["messages"])))
     except FileNotFoundError:
         fail(f"{path}: not there; make it with: {maker}")
     except Exception:           # a file of other content raises many types, in torch.load and here; each means the same
-        pass
-    if a is None:
+        whole = False
+    if not whole:
         fail(f"{path}: not a whole artifact (truncated, changed, or another kind of file); make it again with: {maker}")
     if a["kind"] != kind:
         fail(f"{path}: expected an artifact of kind '{kind}', found '{a['kind']}'; make one with: {maker}")
@@ -263,10 +263,10 @@ def claim(path):
         fail(f"--out {path}: cannot be written ({e.strerror}); give another --out")
 
 
-def on_stop(action):
-    """SIGINT and SIGTERM call action(signal number): the loop finishes its step and saves; elsewhere the run ends at once. The exit code is 128 + the number."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: action(number))
+def on_stop(action=lambda n: sys.exit(128 + n)):
+    """SIGINT and SIGTERM call action(signal number): by default the run ends at once; the loop finishes its step and saves. The exit code is 128 + the number."""
+    for n in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(n, lambda n, frame: action(n))
 # --- end shared ----------------------------------------------------------
 
 
@@ -299,7 +299,7 @@ def chat_ids(tokenizer, messages, generate=True):
 # --- end shared ----------------------------------------------------------
 
 
-# --- shared: prompt ------------------------------------------------------
+# --- shared: read_prompt -------------------------------------------------
 def read_prompt(path):
     """The prompt file -> the messages it stands for. A text file is one system message; a .json file holds a "messages" list, a dialogue. Exits with one line on bad input."""
     try:
@@ -320,8 +320,10 @@ def read_prompt(path):
     if not any(m["content"] for m in messages):
         fail(f"--prompt {path}: it is empty; write the system prompt into it")
     return messages
+# --- end shared ----------------------------------------------------------
 
 
+# --- shared: prompt_ids --------------------------------------------------
 def prompt_ids(tokenizer, messages, layout, limit):
     """The tokens (s_1, ..., s_m) that the slot stands for: the text of one system message in the chat layout, else the messages with the template's words."""
     text_only = layout == "chat" and [m["role"] for m in messages] == ["system"]
@@ -358,7 +360,7 @@ def layout_ids(tokenizer, layout, slot, turns):
 
 # --- shared: find_ae -----------------------------------------------------
 def find_ae(path, model_print, d, model_name):
-    """The [AE] artifact of this model -> (1, d): the one named, else out/ae.pt, else one of artifacts/*.pt, whichever was made for these weights; "none" -> (0, d)."""
+    """The [AE] artifact of this model -> (1, d): the one named, else out/ae.pt, else one of artifacts/ae-*.pt, whichever was made for these weights; "none" -> (0, d)."""
     maker = f"python stage0_ae.py --model {model_name}"
     if path == "none":
         return torch.zeros(0, d)
@@ -398,7 +400,7 @@ def give_back(model, ids, learned, m):
 
 def main():
     args = settings()
-    on_stop(lambda number: sys.exit(128 + number))
+    on_stop()
     messages = read_prompt(args.prompt)
     _lock = claim(args.out)                                                                          # held until the end of the run
     device, dtype, attention = pick_device(args.device, args.dtype)
@@ -411,9 +413,9 @@ def main():
     # [BE] has the very keys and values here that it will have in a chat.
     s = prompt_ids(tokenizer, messages, args.layout, model.config.max_position_embeddings)
     slot = [-1 - i for i in range(args.k)]
-    start = layout_ids(tokenizer, args.layout, slot, [{"role": "user", "content": "?"}])
-    start = start[:start.index(-1)]
-    opening = torch.tensor([start + slot + [-1 - args.k] * len(ae)], device=device)                 # (1, s + k + 1): ... [BE] [AE]
+    words = layout_ids(tokenizer, args.layout, slot, [{"role": "user", "content": "?"}])
+    words = words[:words.index(-1)]
+    opening = torch.tensor([words + slot + [-1 - args.k] * len(ae)], device=device)                 # (1, s + k + 1): ... [BE] [AE]
     target = torch.tensor(s, device=device)                                                         # (m,)
     ids = torch.cat([opening, target[None, :-1]], 1)                                                # (1, s + k + m): s_m is predicted, never read
     m = len(s)
@@ -427,7 +429,7 @@ def main():
     be = torch.nn.Parameter((table.mean(0) + table.std(0) * torch.randn(args.k, d)).to(device))     # (k, d) fp32
     args.lr = float(f"{0.22 * table.std():.2g}") if args.lr is None else args.lr
     del table
-    optimizer = torch.optim.AdamW([be], lr=args.lr, weight_decay=0)
+    optimizer = torch.optim.AdamW([be], weight_decay=0)
     first, best, history, skipped = 0, {"loss": math.inf, "right": 0, "step": 0, "vector": be.detach().cpu().clone()}, [], 0
     prompt = {"sha256": hashlib.sha256(json.dumps(messages).encode()).hexdigest(), "tokens": m, "messages": messages}
     if args.resume:
@@ -456,14 +458,15 @@ def main():
             loss = token_loss(hidden, weight, target).mean()
         optimizer.zero_grad()
         loss.backward()
-        finite = math.isfinite(loss.item()) and bool(be.grad.isfinite().all())
+        recon = loss.item()
+        finite = math.isfinite(recon) and bool(be.grad.isfinite().all())
         bad, skipped = (0, skipped) if finite else (bad + 1, skipped + 1)
-        history.append({"step": step, "recon": loss.item()})
+        history.append({"step": step, "recon": recon})
         right = sum(((h @ weight.T).argmax(-1) == t).sum().item() for h, t in zip(hidden.detach().split(128), target.split(128)))
-        if loss.item() < best["loss"] or right == m:        # each step sees all of P: these are the exact scores of the vector as it stood before the step
-            best = {"loss": loss.item(), "right": right, "step": step, "vector": be.detach().cpu().clone()}
         done = right == m
-        bar.set_postfix(recon=f"{loss.item():.3f}", right=f"{right}/{m}")
+        if recon < best["loss"] or done:                    # each step sees all of P: these are the exact scores of the vector as it stood before the step
+            best = {"loss": recon, "right": right, "step": step, "vector": be.detach().cpu().clone()}
+        bar.set_postfix(recon=f"{recon:.3f}", right=f"{right}/{m}")
         if done:
             tqdm.write(f"step {step + 1}: every token of P is right, stopping")
         if finite:
@@ -482,7 +485,7 @@ def main():
             break
     bar.close()
     model.eval()
-    on_stop(lambda number: sys.exit(128 + number))
+    on_stop()
     if bad == 3:
         fail(f"steps {step - 2} to {step}: the loss or its gradient was not finite three times in a row; the last good vector is in {args.out}; start anew with a --lr below {args.lr}", code=1)
     if asked:
@@ -490,7 +493,7 @@ def main():
         sys.exit(128 + asked[0])
 
     said = give_back(model, opening, torch.cat([best["vector"].to(device), ae]), m)
-    led = next((j for j, (a, b) in enumerate(zip(said, s)) if a != b), m)
+    led = len(os.path.commonprefix([said, s]))
     plot(Path(args.out).with_suffix(".recon.png"), history, f"stage 1: giving back {m} tokens of {Path(args.prompt).name}")
     assert fingerprint(model) == before, "the frozen model has changed"
     print(f"loss {best['loss']:.3f} nats a token (perplexity {math.exp(best['loss']):.1f}); with the true past given {best['right']} of {m} tokens are right;"

@@ -1,9 +1,10 @@
 """Stage 2: distil the prompt's behaviour into [BE]: [BE] + query answers as prompt + query does.
 
-    L = (1 - lambda) L_recon + lambda L_KD        L_KD = tau^2 mean_t KL( softmax(z_T / tau) || softmax(z_S / tau) )        (paper, combined objective)
+    L = (1 - lambda) L_recon + lambda L_KD        L_KD = tau^2 mean_t KL( softmax(z_T / tau) || softmax(z_S / tau) )        (paper, combined objective; the tau^2 is not in it)
 
 The teacher is the same frozen model with the full prompt; z_T are its logits along its own answer. The student reads [BE] in the prompt's place and the same answer.
-The teacher answers every query once, before training, and its last hidden states stay on disk: z = W h gives the logits back at 1/50 to 1/250 of their size.
+The teacher answers every query once, before training, and its last hidden states stay on disk: 1/50 to 1/250 of the size of the logits, and z = W h gives those back. All that the
+loss needs of them is softmax(z_T / tau) W and an entropy for each token, made at a query's first visit.
 The idea is in two places: make_examples (what teacher and student are fed) and the loop of main.
 
     python stage2_kd.py --prompt prompts/pirate.txt                          # from stage 1's out/be.pt, questions from prompts/pirate.queries.txt -> out/be.pt
@@ -131,7 +132,7 @@ def pick_device(device, dtype):
         fast, why = (torch.bfloat16, "this CPU multiplies bf16 natively") if native else (torch.float32, "this CPU has no native bf16")
         attention = "eager"     # as fast as SDPA at chat lengths, twice as fast on CPUs with AMX
     dtype = {"auto": fast, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    name = {"cuda": torch.cuda.get_device_name, "mps": lambda: "Apple GPU", "cpu": lambda: f"{torch.get_num_threads()} threads"}[device]()
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads" if device == "cpu" else "Apple GPU"
     print(f"device: {device} ({name}), weights {str(dtype)[6:]} ({why if dtype == fast else 'as asked'}), attention {attention}")
     return torch.device(device), dtype, attention
 # --- end shared ----------------------------------------------------------
@@ -229,7 +230,7 @@ def soft_target(weight, hidden, tau):
 # --- end shared ----------------------------------------------------------
 
 
-# --- shared: load_artifact -----------------------------------------------
+# --- shared: fingerprint -------------------------------------------------
 def fingerprint(model):
     """sha256 over the names, shapes and bf16 bits of all weights: the same for a model opened in bf16 or in fp32."""
     h = hashlib.sha256()
@@ -237,26 +238,26 @@ def fingerprint(model):
         h.update(f"{name} {tuple(w.shape)}".encode())
         h.update(w.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
     return h.hexdigest()
+# --- end shared ----------------------------------------------------------
 
 
+# --- shared: load_artifact -----------------------------------------------
 def load_artifact(path, kind, model_print, d, maker, strict=True):
     """The artifact at `path`, whole, of this kind ("ae" or "be"), for this model. Exits with one line that names `maker`, the command that makes the
     right one; strict=False returns None for another model's artifact; model_print None takes any model's."""
-    a = None
     try:
         data = Path(path).read_bytes()
-        if data[-64:] == hashlib.sha256(data[:-64]).hexdigest().encode():                           # else it is not even opened
-            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            v, m, p = found["vector"], found["model"], found.get("prompt")
-            if (v.dtype == torch.float32 and v.dim() == 2 and len(v) and v.shape[1] == m["d"] and v.is_contiguous() and v.isfinite().all()
-                    and {"name", "fingerprint"} <= set(m) and found["layout"] in ("chat", "block") and (found["kind"] == "ae" or found["kind"] == "be"
-                    and found["stage"] in ("recon", "kd") and p["tokens"] and all(isinstance(x["role"] + x["content"], str) for x in p["messages"]))):
-                a = found
+        whole = data[-64:] == hashlib.sha256(data[:-64]).hexdigest().encode()
+        a = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True) if whole else {}    # a file that was cut or changed is not even opened
+        v, m, p = a["vector"], a["model"], a.get("prompt")
+        whole = (v.dtype == torch.float32 and v.dim() == 2 and len(v) and v.shape[1] == m["d"] and v.is_contiguous() and v.isfinite().all()
+                 and {"name", "fingerprint"} <= set(m) and a["layout"] in ("chat", "block") and (a["kind"] == "ae" or a["kind"] == "be"
+                 and a["stage"] in ("recon", "kd") and p["tokens"] and all(isinstance(x["role"] + x["content"], str) for x in p["messages"])))
     except FileNotFoundError:
         fail(f"{path}: not there; make it with: {maker}")
     except Exception:           # a file of other content raises many types, in torch.load and here; each means the same
-        pass
-    if a is None:
+        whole = False
+    if not whole:
         fail(f"{path}: not a whole artifact (truncated, changed, or another kind of file); make it again with: {maker}")
     if a["kind"] != kind:
         fail(f"{path}: expected an artifact of kind '{kind}', found '{a['kind']}'; make one with: {maker}")
@@ -316,10 +317,10 @@ def claim(path):
         fail(f"--out {path}: cannot be written ({e.strerror}); give another --out")
 
 
-def on_stop(action):
-    """SIGINT and SIGTERM call action(signal number): the loop finishes its step and saves; elsewhere the run ends at once. The exit code is 128 + the number."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: action(number))
+def on_stop(action=lambda n: sys.exit(128 + n)):
+    """SIGINT and SIGTERM call action(signal number): by default the run ends at once; the loop finishes its step and saves. The exit code is 128 + the number."""
+    for n in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(n, lambda n, frame: action(n))
 # --- end shared ----------------------------------------------------------
 
 
@@ -372,7 +373,7 @@ def chat_ids(tokenizer, messages, generate=True):
 # --- end shared ----------------------------------------------------------
 
 
-# --- shared: prompt ------------------------------------------------------
+# --- shared: read_prompt -------------------------------------------------
 def read_prompt(path):
     """The prompt file -> the messages it stands for. A text file is one system message; a .json file holds a "messages" list, a dialogue. Exits with one line on bad input."""
     try:
@@ -393,8 +394,10 @@ def read_prompt(path):
     if not any(m["content"] for m in messages):
         fail(f"--prompt {path}: it is empty; write the system prompt into it")
     return messages
+# --- end shared ----------------------------------------------------------
 
 
+# --- shared: prompt_ids --------------------------------------------------
 def prompt_ids(tokenizer, messages, layout, limit):
     """The tokens (s_1, ..., s_m) that the slot stands for: the text of one system message in the chat layout, else the messages with the template's words."""
     text_only = layout == "chat" and [m["role"] for m in messages] == ["system"]
@@ -431,7 +434,7 @@ def layout_ids(tokenizer, layout, slot, turns):
 
 # --- shared: find_ae -----------------------------------------------------
 def find_ae(path, model_print, d, model_name):
-    """The [AE] artifact of this model -> (1, d): the one named, else out/ae.pt, else one of artifacts/*.pt, whichever was made for these weights; "none" -> (0, d)."""
+    """The [AE] artifact of this model -> (1, d): the one named, else out/ae.pt, else one of artifacts/ae-*.pt, whichever was made for these weights; "none" -> (0, d)."""
     maker = f"python stage0_ae.py --model {model_name}"
     if path == "none":
         return torch.zeros(0, d)
@@ -500,7 +503,7 @@ def generate(model, rows, stop, limit, temperature=0.0, seed=0, skip=()):
         pads = [width - len(rows[i]) + n for i in part]
         ids = torch.tensor([[0] * p + rows[i][n:] for i, p in zip(part, pads)], device=model.device)                        # (B, w)
         mask = torch.tensor([[1] * n + [0] * p + [1] * (width - p) for p in pads], device=model.device)                     # (B, n + w)
-        cache = copy.deepcopy(prefix) if n else None
+        cache = copy.deepcopy(prefix)
         if n:
             cache.batch_repeat_interleave(len(part))
         said, hidden = [], []
@@ -651,10 +654,10 @@ def controls(t, model, tokenizer, best, other):
         "full prompt": t.full,
         f"[BE], {t.k} vector{plural}": t.rows,
         "no prompt (empty slot)": t.none,
-        "no system block at all": [layout_ids(tokenizer, "block", [], c) for c in t.turns] if own else t.none,
-        "default system prompt": [chat_ids(tokenizer, c) for c in t.turns],
+        "no system block at all": [layout_ids(tokenizer, "block", [], c) for c in t.chats] if own else t.none,
+        "default system prompt": [chat_ids(tokenizer, c) for c in t.chats],
         f"random vector{plural}": t.rows,
-        f"prompt cut to {t.k} token{plural}": [layout_ids(tokenizer, t.layout, t.s[:t.k], c) for c in t.turns],
+        f"prompt cut to {t.k} token{plural}": [layout_ids(tokenizer, t.layout, t.s[:t.k], c) for c in t.chats],
     }
     tables = []
     for part in t.test:
@@ -753,7 +756,7 @@ def make_examples(args, t, model, tokenizer, model_print, stop, rank):
         t.gold = read_queries(t.source)
         split_queries(args, t)
     n, room = len(t.queries) + len(t.test_queries), model.config.max_position_embeddings - args.answer_tokens
-    chats, t.turns, t.full, t.answers, t.teacher_hidden = [[{"role": "user", "content": q}] for q in t.queries + t.test_queries], [], [], [], []
+    chats, t.chats, t.full, t.answers, t.teacher_hidden = [[{"role": "user", "content": q}] for q in t.queries + t.test_queries], [], [], [], []
     for turn in range(args.turns):
         if turn:                                                                                     # the teacher's own answer of the turn before, then a follow-up question
             said = [{"role": "assistant", "content": [x for x in a if x not in stop]} for a in t.answers[-n:]]
@@ -762,9 +765,9 @@ def make_examples(args, t, model, tokenizer, model_print, stop, rank):
         if (longest := max(map(len, full))) > room:
             fail(f"{t.path}: expected prompt and query to take at most {room} tokens (the model's context less --answer-tokens), found {longest}; shorten them, or --answer-tokens")
         answers, hidden = teacher(model, full, stop, args.answer_tokens, args.temperature, args.seed, model_print, Path(t.out).parent, rank)
-        t.turns, t.full, t.answers, t.teacher_hidden = t.turns + chats, t.full + full, t.answers + answers, t.teacher_hidden + hidden
-    t.rows = [layout_ids(tokenizer, t.layout, t.slot, c) for c in t.turns]
-    t.none = [layout_ids(tokenizer, t.layout, [], c) for c in t.turns]                               # no prompt: the same words around an empty slot
+        t.chats, t.full, t.answers, t.teacher_hidden = t.chats + chats, t.full + full, t.answers + answers, t.teacher_hidden + hidden
+    t.rows = [layout_ids(tokenizer, t.layout, t.slot, c) for c in t.chats]
+    t.none = [layout_ids(tokenizer, t.layout, [], c) for c in t.chats]                               # no prompt: the same words around an empty slot
     t.held, t.train = ([turn * n + i for turn in range(args.turns) for i in part] for part in (range(t.n_held), range(t.n_held, len(t.queries))))
     t.test = [[turn * n + i for i in (range(len(t.queries), n) if t.test_queries else range(t.n_held))] for turn in range(args.turns)]
     end = tokenizer.eos_token_id if tokenizer.eos_token_id in stop else stop[0].item()               # of a turn: Llama 3 names several
@@ -791,7 +794,7 @@ def soft(t, i, weight, tau):
 
 def main():
     args = settings()
-    on_stop(lambda number: sys.exit(128 + number))
+    on_stop()
     rank, world = ranks()
     tasks = [read_inputs(args, n, rank) for n in range(len(args.prompt))]
     if args.device_map and world > 1:
@@ -801,7 +804,7 @@ def main():
     body, weight = model.get_decoder(), model.get_output_embeddings().weight                        # weight (V, d)
     before, d = fingerprint(model), weight.shape[1]
     ends = model.generation_config.eos_token_id
-    stop = torch.tensor(ends if isinstance(ends, list) else [ends if ends is not None else tokenizer.eos_token_id])
+    stop = torch.tensor(tokenizer.eos_token_id if ends is None else ends).view(-1)
     table = model.get_input_embeddings().weight.detach().float().cpu()                              # (V, d)
     args.lr = float(f"{0.9 * table.std():.2g}") if args.lr is None else args.lr                     # tables differ in scale, and [BE] lives among their rows (results/LOG.md)
     mean, std = table.mean(0), table.std(0)                                                         # (d,)
@@ -811,14 +814,14 @@ def main():
         return mean + std * torch.randn(k, d, generator=torch.Generator().manual_seed(seed))      # (k, d), at the table's scale
 
     # the start: stage 1's vector, or noise. With --resume the first prompt's artifact holds the state of the whole run
-    run, slots = read_run(args, tasks, before, d) if args.resume else None, 0
+    run, slots = (read_run(args, tasks, before, d) if args.resume else None), 0
     for t in tasks:
         if args.init == "be" and not run:
             read_start(args, t, before, d)
         elif not run:
             t.layout, t.start = args.layout or "chat", noise(args.k or 1, args.seed)
-        t.k, t.slot = len(t.start), [-1 - i for i in range(slots, slots + len(t.start))]
-        t.own = slice(slots, slots + t.k)                                                            # this prompt's rows of the one trained tensor
+        t.k = len(t.start)
+        t.own, t.slot = slice(slots, slots + t.k), [-1 - i for i in range(slots, slots + t.k)]       # this prompt's rows of the one trained tensor, and the ids that stand for them
         slots += t.k
         t.s = prompt_ids(tokenizer, t.messages, t.layout, model.config.max_position_embeddings)
     if device.type == "cpu" and max(len(t.s) for t in tasks) > 1024:
@@ -832,8 +835,8 @@ def main():
         make_examples(args, t, model, tokenizer, before, stop, rank)
         print(f"prompt: {t.path}, {len(t.s)} tokens -> {t.k} vector{'s' * (t.k > 1)}; layout {t.layout}; "
               f"queries: {len(t.queries) - t.n_held} to train on, {t.n_held} held out, {len(t.test_queries)} for test")
-        opening = t.rows[0][:t.rows[0].index(t.slot[0])] + t.slot + [-1 - slots] * len(ae)           # L_recon as in stage 1: ... [BE] [AE] s_1 ... s_m
-        t.recon_ids = torch.tensor([opening + t.s[:-1]], device=device)                             # (1, s + k + m)
+        words = t.rows[0][:t.rows[0].index(t.slot[0])]                                               # L_recon as in stage 1: ... [BE] [AE] s_1 ... s_m
+        t.recon_ids = torch.tensor([words + t.slot + [-1 - slots] * len(ae) + t.s[:-1]], device=device)      # (1, s + k + m)
 
     # the one trained tensor: the vectors of all prompts. AdamW works number by number, so each of them learns as it would alone
     be = torch.nn.Parameter(torch.cat([t.start for t in tasks]).to(device))                         # (slots, d) fp32
@@ -877,7 +880,8 @@ def main():
     if args.compile:
         body.compile(dynamic=True)
 
-    # the loop. Student: [BE] + query + answer -> its hidden states; teacher: those that were kept of prompt + query + answer; the loss: their KL under the same head
+    # the loop. Student: [BE] + query + answer -> its hidden states; teacher: what was kept of prompt + query + answer; the loss: their KL under the same head
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and dtype == torch.bfloat16)
     asked, bad, halt, step = [], 0, False, first - 1
     on_stop(asked.append)
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="[BE] distil", dynamic_ncols=True, disable=rank > 0)
@@ -892,7 +896,6 @@ def main():
             t.kd, t.recon, t.tokens = 0.0, 0.0, sum(len(t.answers[i]) for i in part)
             batch += [(t, i) for i in part]
         batch.sort(key=lambda x: len(x[0].rows[x[1]]) + len(x[0].answers[x[1]]))                     # like lengths together, then every world-th to each rank
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and dtype == torch.bfloat16)
         be.grad = torch.zeros_like(be)
         for j in range(rank, len(batch), world * args.micro_batch):
             micro = batch[j:j + world * args.micro_batch:world]
@@ -930,7 +933,7 @@ def main():
         due, halt = (step + 1) % args.eval_every == 0 or step + 1 == args.steps, sums[-1] > 0 or bad == 3
         for t in tasks if rank == 0 and due else []:
             kl = held_out_kl(t, t.rows)
-            t.history.append({"step": step, "held-out KL": kl})
+            t.history.append({"step": step, "held-out KL": kl})                                           # after the update of this step
             if kl < t.best["kl"]:
                 t.best = {"kl": kl, "step": step + 1, "vector": be.detach()[t.own].cpu().clone()}
         if rank == 0 and (due or halt):
@@ -938,10 +941,10 @@ def main():
         if halt:
             break
         gaps = [1 - t.best["kl"] / t.none_kl for t in tasks if t.best["step"]]
-        bar.set_postfix(L_KD=f"{sum(sums[:len(tasks)].tolist()) / len(tasks):.3f}", **({"held_out_gap_closed": f"{sum(gaps) / len(gaps):.3f}"} if gaps else {}))
+        bar.set_postfix(L_KD=f"{sums[:len(tasks)].mean():.3f}", **({"held_out_gap_closed": f"{sum(gaps) / len(gaps):.3f}"} if gaps else {}))
     bar.close()
     barrier()                                               # torchrun ends the others as soon as one process leaves: not before rank 0 has saved
-    on_stop(lambda number: sys.exit(128 + number))
+    on_stop()
     if bad == 3:
         fail(f"steps {step - 2} to {step}: the loss or its gradient was not finite three times in a row; the last good vector is in {tasks[0].out}; start anew with a --lr below {args.lr}", code=1)
     if halt or asked:

@@ -82,7 +82,7 @@ def pick_device(device, dtype):
         fast, why = (torch.bfloat16, "this CPU multiplies bf16 natively") if native else (torch.float32, "this CPU has no native bf16")
         attention = "eager"     # as fast as SDPA at chat lengths, twice as fast on CPUs with AMX
     dtype = {"auto": fast, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    name = {"cuda": torch.cuda.get_device_name, "mps": lambda: "Apple GPU", "cpu": lambda: f"{torch.get_num_threads()} threads"}[device]()
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads" if device == "cpu" else "Apple GPU"
     print(f"device: {device} ({name}), weights {str(dtype)[6:]} ({why if dtype == fast else 'as asked'}), attention {attention}")
     return torch.device(device), dtype, attention
 # --- end shared ----------------------------------------------------------
@@ -114,7 +114,7 @@ def load_frozen(name, device, dtype, attention, trust=False, device_map=None):
 # --- end shared ----------------------------------------------------------
 
 
-# --- shared: load_artifact -----------------------------------------------
+# --- shared: fingerprint -------------------------------------------------
 def fingerprint(model):
     """sha256 over the names, shapes and bf16 bits of all weights: the same for a model opened in bf16 or in fp32."""
     h = hashlib.sha256()
@@ -122,33 +122,6 @@ def fingerprint(model):
         h.update(f"{name} {tuple(w.shape)}".encode())
         h.update(w.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy())
     return h.hexdigest()
-
-
-def load_artifact(path, kind, model_print, d, maker, strict=True):
-    """The artifact at `path`, whole, of this kind ("ae" or "be"), for this model. Exits with one line that names `maker`, the command that makes the
-    right one; strict=False returns None for another model's artifact; model_print None takes any model's."""
-    a = None
-    try:
-        data = Path(path).read_bytes()
-        if data[-64:] == hashlib.sha256(data[:-64]).hexdigest().encode():                           # else it is not even opened
-            found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            v, m, p = found["vector"], found["model"], found.get("prompt")
-            if (v.dtype == torch.float32 and v.dim() == 2 and len(v) and v.shape[1] == m["d"] and v.is_contiguous() and v.isfinite().all()
-                    and {"name", "fingerprint"} <= set(m) and found["layout"] in ("chat", "block") and (found["kind"] == "ae" or found["kind"] == "be"
-                    and found["stage"] in ("recon", "kd") and p["tokens"] and all(isinstance(x["role"] + x["content"], str) for x in p["messages"]))):
-                a = found
-    except FileNotFoundError:
-        fail(f"{path}: not there; make it with: {maker}")
-    except Exception:           # a file of other content raises many types, in torch.load and here; each means the same
-        pass
-    if a is None:
-        fail(f"{path}: not a whole artifact (truncated, changed, or another kind of file); make it again with: {maker}")
-    if a["kind"] != kind:
-        fail(f"{path}: expected an artifact of kind '{kind}', found '{a['kind']}'; make one with: {maker}")
-    if model_print in (None, a["model"]["fingerprint"]) and d in (None, a["model"]["d"]):
-        return a
-    if strict:
-        fail(f"{path}: its vector belongs to another model ({a['model']['name']}, d = {a['model']['d']}), not to this one (d = {d}); make one with: {maker}")
 # --- end shared ----------------------------------------------------------
 
 
@@ -205,7 +178,7 @@ def chat_ids(tokenizer, messages, generate=True):
 # --- end shared ----------------------------------------------------------
 
 
-# --- shared: prompt ------------------------------------------------------
+# --- shared: read_prompt -------------------------------------------------
 def read_prompt(path):
     """The prompt file -> the messages it stands for. A text file is one system message; a .json file holds a "messages" list, a dialogue. Exits with one line on bad input."""
     try:
@@ -226,8 +199,10 @@ def read_prompt(path):
     if not any(m["content"] for m in messages):
         fail(f"--prompt {path}: it is empty; write the system prompt into it")
     return messages
+# --- end shared ----------------------------------------------------------
 
 
+# --- shared: prompt_ids --------------------------------------------------
 def prompt_ids(tokenizer, messages, layout, limit):
     """The tokens (s_1, ..., s_m) that the slot stands for: the text of one system message in the chat layout, else the messages with the template's words."""
     text_only = layout == "chat" and [m["role"] for m in messages] == ["system"]
@@ -264,7 +239,7 @@ def generate(model, rows, stop, limit, temperature=0.0, seed=0, skip=()):
         pads = [width - len(rows[i]) + n for i in part]
         ids = torch.tensor([[0] * p + rows[i][n:] for i, p in zip(part, pads)], device=model.device)                        # (B, w)
         mask = torch.tensor([[1] * n + [0] * p + [1] * (width - p) for p in pads], device=model.device)                     # (B, n + w)
-        cache = copy.deepcopy(prefix) if n else None
+        cache = copy.deepcopy(prefix)
         if n:
             cache.batch_repeat_interleave(len(part))
         said, hidden = [], []
@@ -298,7 +273,7 @@ def summary(model, tokenizer, text, size):
     if len(row) + size > model.config.max_position_embeddings:
         fail(f"--prompt: its summary takes {len(row) + size} tokens of context, the model has {model.config.max_position_embeddings}; shorten the prompt, or leave summary out of --methods")
     ends = model.generation_config.eos_token_id
-    stop = torch.tensor(ends if isinstance(ends, list) else [ends if ends is not None else tokenizer.eos_token_id])
+    stop = torch.tensor(tokenizer.eos_token_id if ends is None else ends).view(-1)
     (_, said, _), = generate(model, [row], stop, size)
     return tokenizer.decode(said, skip_special_tokens=True)
 
@@ -323,12 +298,8 @@ def llmlingua(name, device, text, ratio):
 def main():
     args = settings()
     messages = read_prompt(args.prompt)
-    wanted = []
-    for method in args.methods:
-        for ratio in args.ratios:
-            name = Path(args.out, f"{Path(args.prompt).stem}.{method}-{ratio}.s{args.seed}")
-            if not Path(f"{name}.pt").exists():
-                wanted.append((method, ratio, name))
+    runs = [(m, r, Path(args.out, f"{Path(args.prompt).stem}.{m}-{r}.s{args.seed}")) for m in args.methods for r in args.ratios]
+    wanted = [(method, ratio, name) for method, ratio, name in runs if not Path(f"{name}.pt").exists()]
     if "llmlingua" in [method for method, *_ in wanted] and not importlib.util.find_spec("llmlingua"):
         fail("--methods llmlingua: the package is not there; pip install llmlingua, or give --methods cut summary")
     if not wanted:

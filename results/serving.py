@@ -28,11 +28,8 @@ import time
 import urllib.request
 from pathlib import Path
 
-import matplotlib
 import torch
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 SERVERS = {"off": ["--no-enable-prefix-caching"], "on": [], "small": ["--num-gpu-blocks-override", "128"]}                 # 128 blocks of 32 tokens
@@ -156,9 +153,9 @@ def table(result):
 
 
 def plot(result, path):
-    fig, axes = pyplot.subplots(1, 2, figsize=(11, 4))
+    figure = Figure(figsize=(11, 4))
     panels = {"ttft_ms": "time to first token, ms (median, 95%)", "burst_s": "{burst} requests, {at_once} at once, s".format(**result["settings"])}
-    for ax, (key, title) in zip(axes, panels.items()):
+    for ax, (key, title) in zip(figure.subplots(1, 2), panels.items()):
         cases = [c for c in CASES if any(r["case"] == c and key in r for r in result["rows"])]
         for j, arm in enumerate(ARMS):
             rows = [next(r for r in result["rows"] if r["case"] == c and r["arm"] == arm) for c in cases]
@@ -168,8 +165,7 @@ def plot(result, path):
         ax.set_xticks(range(len(cases)), [CASES[c].replace(", ", ",\n") for c in cases], fontsize=7)
         ax.set_title(title, fontsize=10)
         ax.legend(fontsize=8)
-    fig.savefig(path, dpi=100, bbox_inches="tight")
-    pyplot.close(fig)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
 def main():

@@ -108,6 +108,12 @@ def smol(checkpoints, scripts):
     return scripts.kd.load_frozen(str(checkpoints["smol"]), CPU, torch.float32, "eager")
 
 
+@pytest.fixture(scope="session")
+def owner(scripts, checkpoints, smol):
+    """What an artifact says of the tied Llama that it belongs to."""
+    return {"name": str(checkpoints["smol"]), "revision": None, "fingerprint": scripts.kd.fingerprint(smol[0]), "d": 64}
+
+
 @pytest.fixture
 def command(scripts, monkeypatch, capsys):
     """command(module, *arguments) runs a script's main() in this process -> SimpleNamespace(code, out, err)."""

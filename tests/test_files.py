@@ -12,7 +12,6 @@ import torch
 from conftest import CPU, ROOT, build_checkpoint, load_script
 
 BLOCK = re.compile(r"^# --- shared: ([\w ,-]+?) -+\n(.*?)^# --- end shared", re.S | re.M)
-ALONE = set()                                                               # blocks that may stand in one file only
 SOURCES = {p.name: p.read_text(encoding="utf-8") for p in sorted(ROOT.glob("*.py"))}
 
 
@@ -28,7 +27,7 @@ def test_every_copy_of_a_shared_block_is_the_same():
     assert {"fail", "device", "load_frozen", "hook", "token_loss", "load_artifact", "save_artifact", "chat_ids"} <= set(copies)
     for name, bodies in copies.items():
         assert len(set(bodies.values())) == 1, f"the shared block {name} differs between {', '.join(bodies)}"
-        assert len(bodies) > 1 or name in ALONE, f"the shared block {name} stands in {', '.join(bodies)} only"
+        assert len(bodies) > 1, f"the shared block {name} stands in {', '.join(bodies)} only"
 
 
 def test_no_script_imports_another():

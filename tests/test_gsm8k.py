@@ -143,17 +143,16 @@ def test_a_batch_over_the_shared_prefix_equals_the_plain_loop_row_by_row(gsm, lo
 # --- the command line
 
 @pytest.fixture
-def folder(gsm, smol, scripts, checkpoints, tmp_path, monkeypatch):
+def folder(gsm, owner, scripts, tmp_path, monkeypatch):
     """A working folder: a dialogue, seven questions, two artifacts of the tiny model, chat.pt (k 1) and block.pt (k 2)."""
     monkeypatch.chdir(tmp_path)
     prompt = {"messages": TURNS}
     (tmp_path / "p.json").write_text(json.dumps(prompt))
     write_questions(tmp_path, [f"1,00{i}" for i in range(7)])
-    model, name = smol[0], str(checkpoints["smol"])
     sha = scripts.kd.hashlib.sha256(json.dumps(TURNS).encode()).hexdigest()
     for i, layout in enumerate(["chat", "block"]):
         scripts.kd.save_artifact(f"{layout}.pt", {"kind": "be", "stage": "kd", "vector": torch.randn(i + 1, 64, generator=torch.Generator().manual_seed(i)) * 0.3, "layout": layout,
-                                                  "prompt": {"sha256": sha, "messages": TURNS, "tokens": 40}, "model": {"name": name, "fingerprint": scripts.kd.fingerprint(model), "d": 64}})
+                                                  "prompt": {"sha256": sha, "messages": TURNS, "tokens": 40}, "model": owner})
     return tmp_path
 
 

@@ -219,11 +219,10 @@ def test_the_slot_stands_where_it_stands_whatever_is_asked(scripts, tokenizer, f
     assert [i for i in ids if i in special] == [i for i in plain if i in special]
 
 
-def test_infer_says_that_a_query_is_not_utf8(checkpoints, scripts, tmp_path, command):
+def test_infer_says_that_a_query_is_not_utf8(owner, scripts, tmp_path, command):
     """Bytes that are no UTF-8, given to --query, reach Python as lone surrogates."""
     import torch
-    model, _ = scripts.infer.load_frozen(str(checkpoints["smol"]), torch.device("cpu"), torch.float32, "eager")
-    scripts.kd.save_artifact(tmp_path / "be.pt", {"kind": "be", "stage": "kd", "vector": torch.zeros(1, 64), "layout": "chat", "model": {"name": str(checkpoints["smol"]), "fingerprint": scripts.infer.fingerprint(model), "d": 64},
+    scripts.kd.save_artifact(tmp_path / "be.pt", {"kind": "be", "stage": "kd", "vector": torch.zeros(1, 64), "layout": "chat", "model": owner,
                                                   "prompt": {"sha256": "", "tokens": 3, "messages": [{"role": "system", "content": "Be kind."}]}})
     for query in (os.fsdecode(b"caf\xe9?"), "\ud83d"):
         r = command(scripts.infer, "--be", tmp_path / "be.pt", "--device", "cpu", "--dtype", "fp32", "--query", query, "--max-new-tokens", 2)

@@ -71,11 +71,6 @@ def in_process(scripts, role, monkeypatch):
     return commands
 
 
-@pytest.fixture(scope="session")
-def owner(scripts, checkpoints, smol):
-    return {"name": str(checkpoints["smol"]), "revision": None, "fingerprint": scripts.kd.fingerprint(smol[0]), "d": 64}
-
-
 def save(scripts, path, owner, prompt=None, **more):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     scripts.kd.save_artifact(path, {"kind": "be" if prompt else "ae", "vector": torch.randn(1, 64, generator=torch.Generator().manual_seed(len(str(prompt)))), "layout": "chat", "model": owner,
@@ -147,7 +142,7 @@ def test_a_whole_run_trains_answers_and_goes_on_where_it_stopped(role, scripts, 
 def test_training_that_was_killed_is_resumed(role, scripts, checkpoints, work, owner, command, in_process, monkeypatch):
     arguments = ["--model", checkpoints["smol"], *TINY, "--roles", "Old Captain", "--stage2", "--steps 4 --eval-every 2 --batch 4 --answer-tokens 4 --init=random --lam 1"]
     real, saves = scripts.kd.save_artifact, []
-    monkeypatch.setattr(scripts.kd, "save_artifact", lambda path, a: (real(path, a), saves.append(a.get("step", 0)) if "step" in a else None, len(saves) == 1 and sys.exit(9)))
+    monkeypatch.setattr(scripts.kd, "save_artifact", lambda path, a: (real(path, a), saves.append(a["step"]), len(saves) == 1 and sys.exit(9)))
     r = command(role, *arguments)
     assert r.code == 2 and "stage2_kd.py ended with exit code 9" in r.err and not Path("out/rolellm.json").exists()
     r = command(role, *arguments)

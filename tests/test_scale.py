@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from conftest import CPU, ROOT, SENTENCES
+from test_cli import TINY, same
 
-TINY = ["--dtype", "fp32", "--device", "cpu"]
 KD = ["--steps", 6, "--eval-every", 2, "--lr", 0.1, "--answer-tokens", 6]
 PROMPTS = {"a": "You are the old captain. Answer in two short sentences: 1, 2, 37! Never name your ship.", "b": "Be kind.",
            "c": "You sell bread at the fish market, 120 loaves a day. Write no price down, and ask each one who comes about the harbour, the rice and the rain."}
@@ -48,11 +48,9 @@ def work(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def prepared(checkpoints, scripts, tmp_path_factory):
+def prepared(owner, scripts, tmp_path_factory):
     """[AE] and a stage-1 [BE] of each prompt for the tied Llama, from noise: enough to start from."""
     folder = tmp_path_factory.mktemp("prepared")
-    model, _ = scripts.kd.load_frozen(str(checkpoints["smol"]), CPU, torch.float32, "eager")
-    owner = {"name": str(checkpoints["smol"]), "revision": None, "fingerprint": scripts.kd.fingerprint(model), "d": 64}
     g = torch.Generator().manual_seed(0)
     scripts.kd.save_artifact(folder / "ae.pt", {"kind": "ae", "vector": torch.randn(1, 64, generator=g) / 10, "model": owner, "layout": "chat"})
     for name, (k, layout) in SLOTS.items():
@@ -68,15 +66,6 @@ def load(path):
 
 def losses(artifact, name):
     return torch.tensor([row[name] for row in artifact["history"] if name in row], dtype=torch.float64)
-
-
-def same(a, b, apart=("config", "checksum")):
-    """Two artifacts, or parts of them: every tensor and number is the same, to the last bit."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in apart)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
 def assert_close(a, b, **close):
@@ -152,8 +141,7 @@ def test_stage_1s_vectors_in_the_places_of_a_killed_run_are_where_it_starts_agai
 
     def save_and_die(path, artifact):
         save(path, artifact)
-        if "step" in artifact:
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
     with monkeypatch.context() as m:
         m.setattr(scripts.kd, "save_artifact", save_and_die)
         with pytest.raises(KeyboardInterrupt):
@@ -387,7 +375,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_three_in_a_row_end_the_run(nam
         """Steps `bad` are spoilt in their last call of token_loss -> the outcome, the artifact, and the vector after each step."""
         saved.clear()
         with monkeypatch.context() as m:
-            m.setattr(module, "save_artifact", lambda path, a: (save(path, a), saved.append((a["step"], a["last"].clone())) if "last" in a else None))
+            m.setattr(module, "save_artifact", lambda path, a: (save(path, a), saved.append((a["step"], a["last"].clone()))))
             disturb(m, module, {step * per + per - 1 for step in bad}, action)
             r = command(module, "--model", checkpoints["smol"], *TINY, *arguments, every, 1, "--out", out)
         return r, load(out), dict(saved)

@@ -17,14 +17,13 @@ QUESTIONS = [{"question": f"Anna has {i} apples and gives 2 away. How many are l
 
 
 @pytest.fixture
-def work(checkpoints, scripts, tmp_path):
-    model, _ = scripts.ae.load_frozen(str(checkpoints["smol"]), torch.device("cpu"), torch.float32, "eager")
+def work(owner, scripts, tmp_path):
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
     messages = [{"role": "system", "content": "Count the apples."}]
     (tmp_path / "p.json").write_text(json.dumps({"messages": messages}))
     scripts.kd.save_artifact(tmp_path / "be.pt", {
         "kind": "be", "stage": "kd", "vector": torch.randn(1, 64, generator=torch.Generator().manual_seed(0)) / 10, "layout": "chat",
-        "prompt": {"messages": messages, "tokens": 8}, "model": {"name": str(checkpoints["smol"]), "fingerprint": scripts.ae.fingerprint(model), "d": 64}})
+        "prompt": {"messages": messages, "tokens": 8}, "model": owner})
     return tmp_path
 
 

@@ -103,12 +103,10 @@ class Fault:
 
 
 @pytest.fixture(scope="module")
-def material(checkpoints, scripts, tmp_path_factory):
+def material(checkpoints, owner, scripts, tmp_path_factory):
     """A folder that every run begins in a copy of: the texts, an [AE], a [BE] of stage 1; and for each script its arguments, and what it makes undisturbed: the writes, the artifact, an older one."""
     folder = fill(tmp_path_factory.mktemp("material"))
     (folder / "out").mkdir()
-    model, _ = scripts.ae.load_frozen(str(checkpoints["smol"]), torch.device("cpu"), torch.float32, "eager")
-    owner = {"name": str(checkpoints["smol"]), "revision": None, "fingerprint": scripts.ae.fingerprint(model), "d": 64}
     scripts.ae.save_artifact(folder / "ae.pt", {"kind": "ae", "vector": torch.randn(1, 64, generator=torch.Generator().manual_seed(0)) / 10, "model": owner, "layout": "chat"})
     common, made = ["--model", checkpoints["smol"], *TINY], {}
     code, _, err = finish(*launch("stage1_recon.py", [*common, *SCRIPTS["stage1_recon.py"][:-1], "be.pt"], folder))
