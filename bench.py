@@ -126,6 +126,8 @@ def load_frozen(name, device, dtype, attention, trust=False, device_map=None):
     GPUs. Exits with one line if there is no such model or it is no chat model."""
     if name == "models/smollm2-135m" and not Path(name, "config.json").exists():
         fail(f"the default model is not at {name} yet; fetch it once with: python models/prepare.py")
+    if name.startswith(("models/", ".", "/")) and not Path(name, "config.json").exists():          # else the hub would be asked for it
+        fail(f"--model {name}: there is no model in that folder; expected a Llama or Qwen chat model there, or a hub name; of a .gguf file make one with: python models/prepare.py --gguf FILE --out {name}")
     try:
         transformers.utils.logging.disable_progress_bar()
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
@@ -803,14 +805,15 @@ def main():
     if Path(args.out).exists():
         try:
             results = json.loads(Path(args.out).read_text(encoding="utf-8"))
-            old = [machine for machine, _, _ in ((item["machine"], item["settings"], item["rows"]) for item in results["items"].values())]
+            old = [dict(machine) for machine, _, _ in ((item["machine"], item["settings"], item["rows"]) for item in results["items"].values())]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             fail(f"--out {args.out}: expected figures of an earlier run, found something else; give another --out")
     device, dtype, attention = pick_device(args.device, args.dtype)
     here = machine(device, dtype, attention)
     for there in old:
         if there != here:
-            fail(f"--out {args.out}: its figures come from another machine or other versions ({there}); give another --out")
+            differ = ", ".join(f"{key} {there.get(key)}, here {value}" for key, value in here.items() if there.get(key) != value)
+            fail(f"--out {args.out}: its figures come from another machine or other versions ({differ}); give another --out")
     model, tokenizer = load_frozen(args.model, device, dtype, attention, args.trust_remote_code)
     ends = model.generation_config.eos_token_id
     stop = torch.tensor(tokenizer.eos_token_id if ends is None else ends).view(-1)

@@ -90,6 +90,8 @@ def load_frozen(name, device, dtype, attention, trust=False, device_map=None):
     GPUs. Exits with one line if there is no such model or it is no chat model."""
     if name == "models/smollm2-135m" and not Path(name, "config.json").exists():
         fail(f"the default model is not at {name} yet; fetch it once with: python models/prepare.py")
+    if name.startswith(("models/", ".", "/")) and not Path(name, "config.json").exists():          # else the hub would be asked for it
+        fail(f"--model {name}: there is no model in that folder; expected a Llama or Qwen chat model there, or a hub name; of a .gguf file make one with: python models/prepare.py --gguf FILE --out {name}")
     try:
         transformers.utils.logging.disable_progress_bar()
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
@@ -248,7 +250,7 @@ def main():
         fail("--query is empty; expected a question")
     if any("\ud800" <= c <= "\udfff" for q in args.query for c in q):
         fail("--query: expected UTF-8 text, found bytes that are not")
-    maker = "python stage1_recon.py --prompt prompts/pirate.txt, then python stage2_kd.py --prompt prompts/pirate.txt"
+    maker = "python stage1_recon.py --prompt p.txt, then python stage2_kd.py --prompt p.txt, p.txt being your prompt"
     be = load_artifact(args.be, "be", None, None, maker)
     device, dtype, attention = pick_device(args.device, args.dtype)
     model, tokenizer = load_frozen(args.model or be["model"]["name"], device, dtype, attention, args.trust_remote_code, args.device_map)

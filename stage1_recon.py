@@ -23,6 +23,7 @@ import io
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -107,6 +108,8 @@ def load_frozen(name, device, dtype, attention, trust=False, device_map=None):
     GPUs. Exits with one line if there is no such model or it is no chat model."""
     if name == "models/smollm2-135m" and not Path(name, "config.json").exists():
         fail(f"the default model is not at {name} yet; fetch it once with: python models/prepare.py")
+    if name.startswith(("models/", ".", "/")) and not Path(name, "config.json").exists():          # else the hub would be asked for it
+        fail(f"--model {name}: there is no model in that folder; expected a Llama or Qwen chat model there, or a hub name; of a .gguf file make one with: python models/prepare.py --gguf FILE --out {name}")
     try:
         transformers.utils.logging.disable_progress_bar()
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
@@ -498,8 +501,8 @@ def main():
     assert fingerprint(model) == before, "the frozen model has changed"
     print(f"loss {best['loss']:.3f} nats a token (perplexity {math.exp(best['loss']):.1f}); with the true past given {best['right']} of {m} tokens are right;"
           f" greedy decoding gives back the first {led}, and {sum(a == b for a, b in zip(said, s))} in their places")
-    print(f"wrote {args.out}: {be.numel()} trained numbers; every weight of the model is as it was\nnext: python stage2_kd.py --prompt {args.prompt} --be {args.out}"
-          + f" --model {args.model}" * (args.model != "models/smollm2-135m") + f" --ae {args.ae}" * bool(args.ae))
+    print(f"wrote {args.out}: {be.numel()} trained numbers; every weight of the model is as it was\nnext: "
+          + shlex.join(["python", "stage2_kd.py", "--prompt", args.prompt, "--be", args.out] + ["--model", args.model] * (args.model != "models/smollm2-135m") + ["--ae", args.ae] * bool(args.ae)))
 
 
 if __name__ == "__main__":

@@ -144,6 +144,8 @@ def load_frozen(name, device, dtype, attention, trust=False, device_map=None):
     GPUs. Exits with one line if there is no such model or it is no chat model."""
     if name == "models/smollm2-135m" and not Path(name, "config.json").exists():
         fail(f"the default model is not at {name} yet; fetch it once with: python models/prepare.py")
+    if name.startswith(("models/", ".", "/")) and not Path(name, "config.json").exists():          # else the hub would be asked for it
+        fail(f"--model {name}: there is no model in that folder; expected a Llama or Qwen chat model there, or a hub name; of a .gguf file make one with: python models/prepare.py --gguf FILE --out {name}")
     try:
         transformers.utils.logging.disable_progress_bar()
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
@@ -683,7 +685,7 @@ def report(args, t, tables, skipped):
     if args.steps > 0:
         plot(Path(t.out).with_suffix(".kd.png"), t.history, f"stage 2: {Path(t.path).name}")
         print(f"\nwrote {t.out}: {t.start.numel()} trained numbers, the best on held-out queries, of step {t.best['step']}; {skipped} steps skipped")
-        print(f"next: python infer.py --be {t.out} --query {shlex.quote((t.test_queries or t.queries)[0])} --compare")
+        print("next: " + shlex.join(["python", "infer.py", "--be", t.out, "--query", (t.test_queries or t.queries)[0], "--compare"]))
 
 
 def read_inputs(args, n, rank):
@@ -697,7 +699,7 @@ def read_inputs(args, n, rank):
     test = args.test_queries or (f"{beside}.test.txt" if Path(f"{beside}.test.txt").exists() else "")
     t.test_queries = list(read_queries(test)) if test else []
     if args.answers == "gold" and not (t.gold and all(t.gold.values())):
-        fail(f"--answers gold: expected an \"answer\" in each row of {t.source}; give --queries a .jsonl file that has them")
+        fail(f"--answers gold: expected an \"answer\" in each row of {'a query file, found self' if t.source == 'self' else t.source}; give --queries a .jsonl file that has them")
     if t.source != "self":
         split_queries(args, t)
     return t

@@ -69,6 +69,7 @@ if __name__ == "__main__":
     for role, k in [(r, k) for k in args.k for r in args.roles]:
         out, commands = commands_of(role, k, args)
         if any(r["commands"] == commands for r in done()):
+            print(f"{role}, k = {k}: in {path.name} already")
             continue
         Path(HERE.parent, out).parent.mkdir(parents=True, exist_ok=True)
         seconds, peak = zip(*[timed(c, HERE.parent / f"{out}.log") for c in commands])

@@ -460,7 +460,7 @@ BAD = {                                                                     # ca
     "infer, no tokens": ("infer", ["--query", "Why?", "--max-new-tokens", "0"], {}, ["--max-new-tokens"]),
     "infer, endless query": ("infer", ["--query", many_words(9000)], {}, ["shorten the question"]),
     "model without a chat template": ("recon", ["--prompt", "p.txt", "--model", "BASE"], {}, ["base", "no chat template"]),
-    "no such model": ("recon", ["--prompt", "p.txt", "--model", "./nope"], {}, ["./nope", "Llama or Qwen"]),
+    "no such model": ("recon", ["--prompt", "p.txt", "--model", "./nope"], {}, ["no model in that folder", "./nope", "Llama or Qwen"]),
     "a folder that is no model": ("recon", ["--prompt", "p.txt", "--model", "out"], {}, ["--model out", "Llama or Qwen"]),
     "no default model": ("recon", ["--prompt", "p.txt", "--model", "models/smollm2-135m"], {}, ["python models/prepare.py"]),
 }

@@ -12,6 +12,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 
 
+def fail(message):
+    print(f"prepare.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def write(name, texts, limit=None):
     """Shuffle (seed 0), drop duplicates, write HERE/name.jsonl whole or not at all."""
     texts = sorted({t.strip() for t in texts if len(t.strip()) >= 200})       # under 200 characters there is no 64-token text in it
@@ -59,7 +64,7 @@ def hub():
     try:
         from datasets import load_dataset
     except ImportError:
-        sys.exit("prepare.py: the hub mix needs the datasets package: pip install datasets   (or run with --offline)")
+        fail("the hub mix needs the datasets package: pip install datasets   (or run with --offline)")
     rows = load_dataset("HuggingFaceTB/cosmopedia", "wikihow", split="train", streaming=True)
     write("wikihow", (r["text"] for r in rows), limit=150_000)
     write("pwc", (r["input"] for r in load_dataset("sggetao/PwC", split="train")))
@@ -71,6 +76,8 @@ if __name__ == "__main__":
     p.add_argument("--offline", action="store_true", help="only what lies on this machine")
     p.add_argument("--extra", nargs="*", default=[], metavar="DIR", help="with --offline: folders of .jsonl files, each row one text")
     args = p.parse_args()
+    if missing := [folder for folder in args.extra if not any(fields(folder))]:
+        fail(f"--extra: expected folders of .jsonl files, each row one text, found none in {' '.join(missing)}")
     if args.offline:
         write("readmes", readmes())
         write("docstrings", docstrings(), limit=5_000)                          # of some 60,000, so that they do not drown the rest
