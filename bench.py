@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import copy
 import ctypes
-import importlib.util
 import io
 import json
 import math
@@ -107,7 +106,7 @@ def pick_device(device, dtype):
         fail(f"--device {device}: this PyTorch sees no {device} device; use --device auto or cpu")
     fast, why, attention = torch.float32, "the safe choice on MPS", "sdpa"
     if device == "cuda":        # bf16 weights too: autocast would cast frozen fp32 weights anew in every step
-        flash = importlib.util.find_spec("flash_attn") and dtype != "fp32" and torch.cuda.get_device_capability()[0] >= 8
+        flash = dtype != "fp32" and transformers.utils.is_flash_attn_2_available() and torch.cuda.get_device_capability()[0] >= 8
         fast, why, attention = torch.bfloat16, "autocast", "flash_attention_2" if flash else "sdpa"
     elif device == "cpu":       # AMX or AVX512-BF16: a step in bf16 takes 0.6 of fp32's time (results/LOG.md); other CPUs emulate it, slower than fp32
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -712,7 +711,7 @@ def many_prompts(c):
 
 def processes(c):
     """Item 7. Stage 0 on texts of 64 tokens, 4 in a pass, 2 passes a step, between its first two saves, which lie `steps` steps and one look at the held-out text apart."""
-    if c.device.type == "cuda" and torch.cuda.device_count() < 2:
+    if c.device.type == "mps" or c.device.type == "cuda" and torch.cuda.device_count() < 2:
         return [{"what": "stage 0", "skipped": "two processes need two GPUs"}]
     data, steps = c.folder / "texts.jsonl", 2 if c.args.quick else 4
     words = cut([m for path in c.args.prompts for m in read_prompt(path)], 1)[0].split() * 100       # over and over, where the prompts are short

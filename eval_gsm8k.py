@@ -21,7 +21,6 @@ Expect  the default model on one busy core, batch 4: for 32 new tokens 9 s a que
 import argparse
 import copy
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
@@ -95,7 +94,7 @@ def pick_device(device, dtype):
         fail(f"--device {device}: this PyTorch sees no {device} device; use --device auto or cpu")
     fast, why, attention = torch.float32, "the safe choice on MPS", "sdpa"
     if device == "cuda":        # bf16 weights too: autocast would cast frozen fp32 weights anew in every step
-        flash = importlib.util.find_spec("flash_attn") and dtype != "fp32" and torch.cuda.get_device_capability()[0] >= 8
+        flash = dtype != "fp32" and transformers.utils.is_flash_attn_2_available() and torch.cuda.get_device_capability()[0] >= 8
         fast, why, attention = torch.bfloat16, "autocast", "flash_attention_2" if flash else "sdpa"
     elif device == "cpu":       # AMX or AVX512-BF16: a step in bf16 takes 0.6 of fp32's time (results/LOG.md); other CPUs emulate it, slower than fp32
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -11,7 +11,6 @@ Reads   out/be.pt: the vector, the layout it was trained in, the model it belong
 """
 import argparse
 import hashlib
-import importlib.util
 import io
 import math
 import signal
@@ -71,7 +70,7 @@ def pick_device(device, dtype):
         fail(f"--device {device}: this PyTorch sees no {device} device; use --device auto or cpu")
     fast, why, attention = torch.float32, "the safe choice on MPS", "sdpa"
     if device == "cuda":        # bf16 weights too: autocast would cast frozen fp32 weights anew in every step
-        flash = importlib.util.find_spec("flash_attn") and dtype != "fp32" and torch.cuda.get_device_capability()[0] >= 8
+        flash = dtype != "fp32" and transformers.utils.is_flash_attn_2_available() and torch.cuda.get_device_capability()[0] >= 8
         fast, why, attention = torch.bfloat16, "autocast", "flash_attention_2" if flash else "sdpa"
     elif device == "cpu":       # AMX or AVX512-BF16: a step in bf16 takes 0.6 of fp32's time (results/LOG.md); other CPUs emulate it, slower than fp32
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -254,6 +253,7 @@ def main():
     be = load_artifact(args.be, "be", None, None, maker)
     device, dtype, attention = pick_device(args.device, args.dtype)
     model, tokenizer = load_frozen(args.model or be["model"]["name"], device, dtype, attention, args.trust_remote_code, args.device_map)
+    device = model.device                                                                           # with --device-map the first layer may lie on another GPU than the first
     load_artifact(args.be, "be", fingerprint(model), model.get_input_embeddings().weight.shape[1], maker)      # now that the model is known
     vector, layout, prompt = be["vector"].to(device), be["layout"], be["prompt"]
     slot = [-1 - i for i in range(len(vector))]

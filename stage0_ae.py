@@ -20,7 +20,6 @@ import datetime
 import functools
 import glob
 import hashlib
-import importlib.util
 import io
 import json
 import math
@@ -92,7 +91,7 @@ def pick_device(device, dtype):
         fail(f"--device {device}: this PyTorch sees no {device} device; use --device auto or cpu")
     fast, why, attention = torch.float32, "the safe choice on MPS", "sdpa"
     if device == "cuda":        # bf16 weights too: autocast would cast frozen fp32 weights anew in every step
-        flash = importlib.util.find_spec("flash_attn") and dtype != "fp32" and torch.cuda.get_device_capability()[0] >= 8
+        flash = dtype != "fp32" and transformers.utils.is_flash_attn_2_available() and torch.cuda.get_device_capability()[0] >= 8
         fast, why, attention = torch.bfloat16, "autocast", "flash_attention_2" if flash else "sdpa"
     elif device == "cpu":       # AMX or AVX512-BF16: a step in bf16 takes 0.6 of fp32's time (results/LOG.md); other CPUs emulate it, slower than fp32
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -251,7 +250,7 @@ def ranks():
         return 0, 1
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=12))      # rank 0 may be busy as the teacher
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=12))      # rank 0 may be busy as the teacher
     if torch.distributed.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -404,7 +403,10 @@ def main():
     if args.accumulate % world:
         fail(f"--accumulate: expected a multiple of the {world} processes, found {args.accumulate}; each takes its share of a step's passes")
     device, dtype, attention = pick_device(args.device, args.dtype)
+    if device.type == "mps" and world > 1:
+        fail("--device mps: one GPU is one process; run it without torchrun, or with --device cpu")
     model, tokenizer = load_frozen(args.model, device, dtype, attention, args.trust_remote_code, args.device_map)
+    device = model.device                                                                           # with --device-map the first layer may lie on another GPU than the first
     weight = model.get_output_embeddings().weight                                                   # (V, d), tied to the input table or not
     before, d, end = fingerprint(model), weight.shape[1], tokenizer.eos_token_id
     # X stands where a system message would, as [BE] will: the ids that open the template come first. At position 0 it would sit on the attention sink.
@@ -503,6 +505,8 @@ def main():
         bar.set_postfix(held_out=f"{best['loss']:.3f}")
     bar.close()
     barrier()                                               # torchrun ends the others as soon as one process leaves: not before rank 0 has saved
+    if world > 1:
+        torch.distributed.destroy_process_group()
     on_stop()
     if bad == 3:
         fail(f"steps {step - 2} to {step}: the loss or its gradient was not finite three times in a row; the last good vector is in {args.out}; start anew with a --lr below {args.lr}", code=1)

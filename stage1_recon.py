@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import glob
 import hashlib
-import importlib.util
 import io
 import json
 import math
@@ -89,7 +88,7 @@ def pick_device(device, dtype):
         fail(f"--device {device}: this PyTorch sees no {device} device; use --device auto or cpu")
     fast, why, attention = torch.float32, "the safe choice on MPS", "sdpa"
     if device == "cuda":        # bf16 weights too: autocast would cast frozen fp32 weights anew in every step
-        flash = importlib.util.find_spec("flash_attn") and dtype != "fp32" and torch.cuda.get_device_capability()[0] >= 8
+        flash = dtype != "fp32" and transformers.utils.is_flash_attn_2_available() and torch.cuda.get_device_capability()[0] >= 8
         fast, why, attention = torch.bfloat16, "autocast", "flash_attention_2" if flash else "sdpa"
     elif device == "cpu":       # AMX or AVX512-BF16: a step in bf16 takes 0.6 of fp32's time (results/LOG.md); other CPUs emulate it, slower than fp32
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -408,6 +407,7 @@ def main():
     _lock = claim(args.out)                                                                          # held until the end of the run
     device, dtype, attention = pick_device(args.device, args.dtype)
     model, tokenizer = load_frozen(args.model, device, dtype, attention, args.trust_remote_code, args.device_map)
+    device = model.device                                                                           # with --device-map the first layer may lie on another GPU than the first
     body, weight = model.get_decoder(), model.get_output_embeddings().weight                        # weight (V, d)
     before, d = fingerprint(model), weight.shape[1]
     ae = find_ae(args.ae, before, d, args.model).to(device)                                         # (1, d) fp32, not trained here; (0, d) for none

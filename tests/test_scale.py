@@ -180,7 +180,8 @@ for port, nan, *arguments in json.loads(sys.argv[1]):
     with open(f"rank{rank}.jsonl", "a") as f:
         f.write(json.dumps({"code": code, "there": there}) + "\\n")
     print("----", flush=True)
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():                                  # a run that ends early, by a mistake
+        torch.distributed.destroy_process_group()
 """
 
 

@@ -93,13 +93,25 @@ def test_the_deviation_between_seeds_is_pooled_over_the_rows_that_have_several(t
     assert table.seed_deviation([]) is None
 
 
-def test_the_interval_draws_seeds_and_queries(table):
+def test_the_interval_is_of_seeds_and_queries(table):
     rng = np.random.default_rng(0)
     bottom = np.ones((1, 50))
     one = table.interval([(rng.normal(0.5, 0.1, (1, 50)), bottom)])
     assert one[1] < one[0] < one[2] and one[2] - one[1] == pytest.approx(2 * 1.96 * 0.1 / 50 ** 0.5, rel=0.4)
     seeds = table.interval([(np.array([[0.1] * 50, [0.9] * 50]), np.ones((2, 50)))])                     # queries alike, seeds apart
-    assert seeds == pytest.approx((0.5, 0.1, 0.9))
+    assert seeds[0] == pytest.approx(0.5) and seeds[2] - 0.5 == pytest.approx(12.71 * 0.4, rel=0.1) and 0.5 - seeds[1] == pytest.approx(12.71 * 0.4, rel=0.1)     # Student's t of one degree of freedom
+    three = table.interval([(np.array([[0.4] * 50, [0.5] * 50, [0.6] * 50]), np.ones((3, 50)))])
+    assert three[2] - three[0] == pytest.approx(4.303 * 0.1 / 3 ** 0.5, rel=0.1)
+
+
+def test_a_text_without_a_seed_is_compared_with_every_seed(table, tmp_path):
+    for name, gap in [("pirate.full.s0", 0.4), ("pirate.full.s1", 0.6), ("pirate.cut-2.s0", 0.9)]:
+        run(tmp_path, name, gap)
+    runs = table.read_runs(tmp_path)
+    assert table.difference(runs, "full", "cut-2")[3] == 1                   # trained, as all else: the seed that both have
+    runs = [r | {"steps": "0 + 0"} if r["row"] == "cut-2" else r for r in runs]
+    for x, sign in ((table.difference(runs, "full", "cut-2"), -1), (table.difference(runs, "cut-2", "full"), 1)):
+        assert x[0] == pytest.approx(sign * 0.4) and x[3] == 2
 
 
 def test_a_damaged_run_is_one_line(tmp_path):
