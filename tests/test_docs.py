@@ -113,3 +113,9 @@ def test_what_a_fresh_checkout_needs_is_there():
     pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     wanted = {re.split(r"[><=;]", line)[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")}
     assert wanted <= pinned
+
+
+def test_the_readme_says_of_the_ablations_what_their_table_says():
+    claims, table = PAGES["README.md"].split("| the paper says |")[1].split("\n\n")[0], (ROOT / "results/README.md").read_text(encoding="utf-8")
+    figures = re.findall(r"[+-]\d\.\d{3} \([^)]+\)", claims)
+    assert len(figures) > 20 and not [x for x in figures if x not in table]
