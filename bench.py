@@ -23,6 +23,7 @@ import ctypes
 import io
 import json
 import math
+import operator
 import os
 import platform
 import random
@@ -804,7 +805,7 @@ def main():
     if Path(args.out).exists():
         try:
             results = json.loads(Path(args.out).read_text(encoding="utf-8"))
-            old = [dict(machine) for machine, _, _ in ((item["machine"], item["settings"], item["rows"]) for item in results["items"].values())]
+            old = [dict(machine) for machine, _, _ in map(operator.itemgetter("machine", "settings", "rows"), results["items"].values())]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             fail(f"--out {args.out}: expected figures of an earlier run, found something else; give another --out")
     device, dtype, attention = pick_device(args.device, args.dtype)

@@ -698,7 +698,7 @@ def read_inputs(args, n, rank):
     test = args.test_queries or (f"{beside}.test.txt" if Path(f"{beside}.test.txt").exists() else "")
     t.test_queries = list(read_queries(test)) if test else []
     if args.answers == "gold" and not (t.gold and all(t.gold.values())):
-        fail(f"--answers gold: expected an \"answer\" in each row of {'a query file, found self' if t.source == 'self' else t.source}; give --queries a .jsonl file that has them")
+        fail(f"--answers gold: expected an \"answer\" in each row of --queries, found one without in {t.source}; give a .jsonl file that has them")
     if t.source != "self":
         split_queries(args, t)
     return t
