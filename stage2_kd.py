@@ -886,7 +886,7 @@ def main():
 
     # the loop. Student: [BE] + query + answer -> its hidden states; teacher: what was kept of prompt + query + answer; the loss: their KL under the same head
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and dtype == torch.bfloat16)
-    asked, bad, halt, step = [], 0, False, first - 1
+    main_loss, asked, bad, halt, step = "L_CE" if args.hard else "L_KD", [], 0, False, first - 1
     on_stop(asked.append)
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="[BE] distil", dynamic_ncols=True, disable=rank > 0)
     for step in bar:
@@ -932,7 +932,7 @@ def main():
             tqdm.write(f"step {step}: the loss or its gradient is not finite; skipped")
         bad, skipped = (0, skipped) if finite else (bad + 1, skipped + 1)
         for t, kd, recon in zip(tasks, sums.tolist(), sums[len(tasks):].tolist()):
-            t.history += [{"step": step, "L_recon": recon}] * with_recon + [{"step": step, "L_KD": kd}]
+            t.history += [{"step": step, "L_recon": recon}] * with_recon + [{"step": step, main_loss: kd}]
 
         due, halt = (step + 1) % args.eval_every == 0 or step + 1 == args.steps, sums[-1] > 0 or bad == 3
         for t in tasks if rank == 0 and due else []:
@@ -945,7 +945,7 @@ def main():
         if halt:
             break
         gaps = [1 - t.best["kl"] / t.none_kl for t in tasks if t.best["step"]]
-        bar.set_postfix(L_KD=f"{sums[:len(tasks)].mean():.3f}", **({"held_out_gap_closed": f"{sum(gaps) / len(gaps):.3f}"} if gaps else {}))
+        bar.set_postfix({main_loss: f"{sums[:len(tasks)].mean():.3f}"} | ({"held_out_gap_closed": f"{sum(gaps) / len(gaps):.3f}"} if gaps else {}))
     bar.close()
     barrier()                                               # torchrun ends the others as soon as one process leaves: not before rank 0 has saved
     if world > 1:
