@@ -440,8 +440,9 @@ def main():
     ask = [[{"role": "user", "content": WORDING.format(question=q)}] for q, _ in questions]
     no_vector = torch.zeros(1, d)
     conditions = {"full prompt": ([chat_ids(tokenizer, messages + turns) for turns in ask], no_vector)}
+    stems = ["full prompt", "no prompt", "no system block", *(Path(p).stem for p in artifacts)]
     for path, be in artifacts.items():
-        name = Path(path).stem if [Path(p).stem for p in artifacts].count(Path(path).stem) == 1 else path
+        name = Path(path).stem if stems.count(Path(path).stem) == 1 else path
         slot = [-1 - i for i in range(len(be["vector"]))]
         conditions[name] = ([layout_ids(tokenizer, be["layout"], slot, turns) for turns in ask], be["vector"])
         if be["prompt"]["messages"] != messages:

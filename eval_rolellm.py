@@ -1,7 +1,7 @@
 """Role play: does [BE] act the part as well as the prompt that it stands for? RoleBench's roles, with the prompt, [BE] and none.
 
     ROUGE-L F of an answer against RoleBench's references, and against the full prompt's answer        retention = ROUGE-L of [BE] / of the full prompt
-    win rate = (W + T / 2) / (W + T + L), from a judge that sees each pair ([BE], full prompt) in both orders        (paper, main results)
+    win rate = (W + T / 2) / (W + T + L), from a judge that sees each pair ([BE], full prompt) in both orders: as good as the prompt is 50%
 
     python data/rolellm/prepare.py                                                  # RoleBench, from the hub
     python eval_rolellm.py                                                          # every role: its prompt, stages 1 and 2, three answers a question
@@ -427,10 +427,10 @@ def ask_judge(url, body, key):
 
 
 def judge(args, roles, texts, url, options, key):
-    """Each pair ([BE], full prompt) in both orders -> {role: W, T, L, and the pairs without two clear verdicts}. Equal texts are a tie and are not sent.
+    """Each pair ([BE], full prompt) in both orders -> {role: W, T, L, how many of W and L are so in both orders, and the pairs without two clear verdicts}. Equal texts are a tie and are not sent.
 
     Verdicts are kept by a hash of all that is sent: model, options, both texts, their order. Judges lean to one side, so a pair counts by the sum of its two
-    verdicts: A twice is one vote for each, a tie.
+    verdicts: A twice is one vote for each, a tie. A vote beside a TIE may be the lean alone, so the pairs with both votes are counted too.
     """
     pairs, bodies = {}, {}
     for name, role in roles.items():
@@ -458,11 +458,12 @@ def judge(args, roles, texts, url, options, key):
                     bar.update()
     except RuntimeError as e:
         fail(f"--judge-url {args.judge_url}: {e}. The verdicts so far are in {path}; the same command again goes on from there")
-    counts = {name: {"W": 0, "T": 0, "L": 0, "unparsable": 0} for name in roles}
+    counts = {name: {"W": 0, "T": 0, "L": 0, "unparsable": 0, "both_orders": 0} for name in roles}
     for (name, _), keys in pairs.items():
         votes = [{"A": 1, "B": -1, "TIE": 0, None: math.nan}[read_verdict(found[k]["reply"])] for k in keys]
         total = votes[0] - votes[1] if votes else 0                                                 # [BE] is A in the first order, B in the second
         counts[name]["unparsable" if math.isnan(total) else "W" if total > 0 else "L" if total < 0 else "T"] += 1
+        counts[name]["both_orders"] += abs(total) == 2
     return counts
 
 
@@ -576,7 +577,7 @@ def main():
     print(f"answers: {len(texts) - made} found, {made} made, {path}")
     verdicts = judge(args, roles, texts, url, args.judge_options, key) if args.judge_url else {}
 
-    # the scores. RoleLLM names ROUGE-L and published no scorer; without a stemmer is the package's default, and RoleBench's in OpenCompass
+    # the scores. RoleLLM names ROUGE-L and published no scorer; without a stemmer is the package's default
     scorer, rows = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False), []
     for name, role in roles.items():
         be, r = role["be"], {"role": name, "n": len(role["test"])}
@@ -588,18 +589,19 @@ def main():
         control = next((row for what, row in be["metrics"].get("controls", {}).items() if what.startswith("[BE]")), {})            # stage 2's own table
         r |= {"prompt_tokens": be["prompt"]["tokens"], "k": len(be["vector"]), "layout": be["layout"],
               "kl": control.get("kl"), "gap_closed": control.get("gap_closed"), "held_out_gap_closed": be["metrics"].get("held_out_gap_closed"),
-              **verdicts.get(name, dict.fromkeys(["W", "T", "L", "unparsable"]))}
+              **verdicts.get(name, dict.fromkeys(["W", "T", "L", "unparsable", "both_orders"]))}
         judged = sum(r[x] for x in "WTL") if verdicts else 0
         r |= {"win_rate": (r["W"] + r["T"] / 2) / judged if judged else None, "wtl": f"{r['W']} / {r['T']} / {r['L']}" if verdicts else None}
         rows.append(r)
     means = summarize(rows)
     decoding = f"temperature {args.temperature}, top-p {args.top_p}, seed {args.seed}" if sampling else "greedy"
     notes = [f"{args.model}; {decoding}, {args.max_new_tokens} new tokens. ROUGE-L F, without a stemmer, the best of a question's references; *~ full*: against the full prompt's answer; "
-             "*none*: the template's words around an empty slot. KL and gap closed: stage 2's own table. Means over roles, with a 95% bootstrap interval over roles"
+             "*none*: the template's words around an empty slot. KL and gap closed: stage 2's own table, over all of its test questions. Means over roles, with a 95% bootstrap interval over roles"
              + f", which for {len(rows)} roles is little more than their range" * (1 < len(rows) < 6) + "."]
     if verdicts:
+        decided, alike = (sum(r[x] for r in rows for x in which) for which in (("W", "L"), ("both_orders",)))
         notes += ["", f"Judge {args.judge_model}: [BE] against the full prompt, each pair in both orders; win rate = (W + T / 2) / (W + T + L); equal answers are a tie; "
-                      "pairs without two clear verdicts are counted apart."]
+                      f"pairs without two clear verdicts are counted apart. {alike} of the {decided} pairs won or lost are so in both orders, the others in one, with TIE in the other."]
     text = report(rows, means, notes)
     write(f"{args.out}.md", text)
     config = {k: v for k, v in vars(args).items() if k != "judge_url"}

@@ -5,7 +5,7 @@
 
 A run is a file PROMPT.ROW.sSEED.pt with stage 2's table of controls in it. What the table needs of it is kept as a line of ablations.jsonl, beside the table, and stays there when the run's own files are gone: so
 the grid can be filled over days and machines, and the table made again from a checkout alone. Gap closed is 1 - KL([BE]) / KL(no prompt), KL at tau 1, over all answer tokens of the test queries. Two rows are compared on what both
-have: the same prompts, seeds, test queries and teacher answers. Their difference is a share of KL(no prompt) of the second row, mean over prompts; in its interval (10,000 draws) the queries are bootstrapped
+have: the same prompts, seeds, test queries and teacher answers. Their difference is a share of KL(no prompt) of the second row, mean over prompts; in its interval (100,000 draws) the queries are bootstrapped
 within each prompt, and the seeds, of which two or three are too few for that, add Student's t of their standard error; the prompts are what they are. Of one seed it knows nothing of seeds: the standard deviation
 between seeds, pooled over all rows that have several, stands beside the tables.
 """
@@ -35,6 +35,8 @@ CLAIMS = [                                                                      
     ("KD beats prompt tuning on gold answers", "kd", "tuning-gold"),
     ("KD beats prompt tuning on the teacher's answers", "kd", "tuning-teacher"),
     ("self-generated answers beat gold ones", "kd", "kd-gold"),
+    ("most of the weight on KD, lambda 0.9, beats 0.1", "full", "lam-10"),
+    ("... and 0.5", "full", "lam-50"),
     ("one vector beats the prompt cut to a half", "full", "cut-2"),
     ("one vector beats the prompt cut to a quarter", "full", "cut-4"),
     ("one vector beats a summary of half the length", "full", "summary-2"),
@@ -97,7 +99,7 @@ def control(run, name="[BE]"):
     return next(row for key, row in run["controls"].items() if key.startswith(name))
 
 
-def interval(pairs, draws=10_000):
+def interval(pairs, draws=100_000):
     """Mean over prompts of sum(top) / sum(bottom) with its 95% interval: queries bootstrapped, seeds by Student's t. pairs: for each prompt (top, bottom), arrays (S, Q) over seeds and queries -> (mean, low, high)."""
     rng, means = np.random.default_rng(0), np.zeros(draws)
     for top, bottom in pairs:
@@ -149,10 +151,10 @@ def seed_deviation(runs):
 
 
 def verdict(x, single=()):
-    """What the interval of a difference says of a claim that it is positive. single: the same of each prompt alone; where they contradict each other, the mean says nothing."""
+    """What the interval of a difference says of a claim that it is positive. single: the same of each prompt alone; where one of them contradicts another or the mean, the mean says nothing."""
     if not x:
         return "cannot tell: not run"
-    if any(low > 0 for _, low, *_ in single) and any(high < 0 for _, _, high, *_ in single):
+    if any(low > 0 for _, low, *_ in (x, *single)) and any(high < 0 for _, _, high, *_ in (x, *single)):
         return "cannot tell: the prompts disagree"
     return ("holds here" if x[1] > 0 else "does not hold here" if x[2] < 0 else "cannot tell: the interval holds 0") + ", on a single seed" * (x[3] == 1)
 

@@ -4,7 +4,9 @@ import json
 import random
 import re
 import runpy
+import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -169,6 +171,16 @@ def rows_of(path):
 
 def timeless(path):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(path)]
+
+
+def test_a_name_stands_for_one_condition(gsm, folder, command):
+    """A vector in a file named as a condition of the table's own, or as another vector's, goes by its path."""
+    for name in ("full prompt.pt", "run/chat.pt"):
+        Path(name).parent.mkdir(exist_ok=True)
+        shutil.copy("chat.pt", name)
+    run = command(gsm, *ARGS, "--n", 1, "--be", "chat.pt", "full prompt.pt", "run/chat.pt", "block.pt")
+    assert run.code == 0, run.err
+    assert list(json.loads(Path("run/gsm8k.json").read_text())["table"]) == ["full prompt", "chat.pt", "full prompt.pt", "run/chat.pt", "block", "no prompt"]
 
 
 def test_a_run_writes_its_rows_and_its_table(gsm, folder, smol, command):

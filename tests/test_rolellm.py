@@ -345,7 +345,7 @@ def test_the_judge_hears_both_orders_and_is_asked_again(role, checkpoints, artif
     captain, baker = result()["roles"]
     assert [captain[x] for x in ("W", "T", "L", "unparsable", "win_rate")] == [1, 1, 0, 1, 0.75]
     assert [baker[x] for x in ("W", "T", "L", "unparsable", "win_rate")] == [1, 1, 1, 0, 0.5]
-    assert result()["mean"]["win_rate"]["mean"] == 0.625 and "| 2 / 2 / 1 | 1 |" in r.out and "judge: 0 verdicts found, 12 to ask" in r.out
+    assert result()["mean"]["win_rate"]["mean"] == 0.625 and "| 2 / 2 / 1 | 1 |" in r.out and "2 of the 3 pairs won or lost are so in both orders" in r.out and "judge: 0 verdicts found, 12 to ask" in r.out
     assert len(lines("out/rolellm.verdicts.jsonl")) == 12 and KEY.encode() not in everything(work) and KEY not in r.out + r.err
 
     # verdicts are kept: by the judge's name, what it is told and in which order
@@ -412,7 +412,7 @@ def test_equal_texts_are_a_tie_and_are_not_sent(role, work, server):
     (work / "out").mkdir()
     server.reply = lambda body: pytest.fail("asked")
     roles = {"R": {"description": "d", "test": [("q", ["ref"])]}}
-    assert role.judge(args, roles, {("R", c, "q"): "same" for c in ("be", "full")}, server.url, {}, "") == {"R": {"W": 0, "T": 1, "L": 0, "unparsable": 0}}
+    assert role.judge(args, roles, {("R", c, "q"): "same" for c in ("be", "full")}, server.url, {}, "") == {"R": {"W": 0, "T": 1, "L": 0, "unparsable": 0, "both_orders": 0}}
     assert not server.seen
 
 

@@ -71,6 +71,7 @@ def test_a_verdict_needs_the_whole_interval(table):
     assert table.verdict((0.1, -0.01, 0.2, 3)) == "cannot tell: the interval holds 0" == table.verdict((-0.1, -0.2, 0.01, 3))
     assert table.verdict((0.1, 0.01, 0.2, 3), [(0.4, 0.3, 0.5, 3), (-0.2, -0.3, -0.1, 3)]) == "cannot tell: the prompts disagree"
     assert table.verdict((0.1, 0.01, 0.2, 3), [(0.4, 0.3, 0.5, 3), (-0.2, -0.5, 0.1, 3)]) == "holds here"
+    assert table.verdict((0.3, 0.04, 0.6, 3), [(0.6, -0.1, 1.3, 3), (-0.1, -0.12, -0.09, 3)]) == "cannot tell: the prompts disagree"      # the mean and one prompt
     assert table.verdict((0.1, 0.01, 0.2, 1)) == "holds here, on a single seed"
 
 
