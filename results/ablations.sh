@@ -22,8 +22,9 @@
 #     length                     as full, for the prompts of LENGTHS: with PROMPTS they have about 100, 250, 360, 940, 1,700 and 3,100 tokens
 #     cut, summary, llmlingua    results/baselines.py: what a user would pick instead; nothing is learned, so for the first seed only
 #
-# Equal budget, but for the rows long: STEPS optimizer steps in all, a quarter of them in stage 1 where a row has one. prompts/support.txt has no gold answers: tuning-gold and kd-gold leave it out. All queries of a prompt
-# come from one .jsonl, so all its runs of one seed read one teacher file. prompts/styleguide.txt has no questions: the model is asked for them once, and the last TESTS are kept for test.
+# Equal budget, but for the rows long: STEPS optimizer steps in all, a quarter of them in stage 1 where a row has one. All queries of a prompt come from one .jsonl, so all its runs of one seed read one teacher file.
+# prompts/support.txt has no gold answers: tuning-gold and kd-gold leave it out, and results/README.md has them of a second role, ROWS="kd kd-gold tuning-gold" PROMPTS=data/rolellm/Walt_Kowalski.txt.
+# prompts/styleguide.txt has no questions: the model is asked for them once, and the last TESTS are kept for test.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}

@@ -41,8 +41,8 @@ CLAIMS = [                                                                      
     ("one vector beats the prompt cut to a quarter", "full", "cut-4"),
     ("one vector beats a summary of half the length", "full", "summary-2"),
     ("one vector beats a summary of a quarter of the length", "full", "summary-4"),
-    ("one vector beats LLMLingua asked for a half", "full", "llmlingua-2"),
-    ("one vector beats LLMLingua asked for a quarter", "full", "llmlingua-4"),
+    ("one vector beats LLMLingua at half the length", "full", "llmlingua-2"),
+    ("one vector beats LLMLingua at a quarter of the length", "full", "llmlingua-4"),
 ]
 
 

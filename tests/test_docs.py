@@ -116,6 +116,27 @@ def test_what_a_fresh_checkout_needs_is_there():
 
 
 def test_the_readme_says_of_the_ablations_what_their_table_says():
-    claims, table = PAGES["README.md"].split("| the paper says |")[1].split("\n\n")[0], (ROOT / "results/README.md").read_text(encoding="utf-8")
-    figures = re.findall(r"[+-]\d\.\d{3} \([^)]+\)", claims)
+    text, table = PAGES["README.md"].split("**Ablations**")[1].split("**The roles' answers**")[0], (ROOT / "results/README.md").read_text(encoding="utf-8")
+    figures = re.findall(r"[+-]\d\.\d{3} \([^)]+\)", text)
     assert len(figures) > 20 and not [x for x in figures if x not in table]
+
+    # the figures of two decimals: gap closed of a prompt's row, with its interval
+    rows, lengths = {}, {}
+    for section in table.split("\n## ")[1:]:
+        prompt, tokens = section.split("\n")[0].partition(",")[::2]
+        found = {m[1]: [float(x) for x in m.groups()[1:]] for m in re.finditer(r"^\| ([\w-]+) \| \d+ \+ \d+ \| (\d+) \| (-?[\d.]+) \((-?[\d.]+) to (-?[\d.]+)\)", section, re.M)}
+        rows |= {(prompt, row): x for row, x in found.items()}
+        lengths |= {tokens.split()[0]: (found.get("length") or found["full"])[1]} if {"length", "full"} & found.keys() else {}
+    prompts = {"Jack Sparrow": "Jack_Sparrow", "GSM8K": "gsm8k_8shot", "the support policy": "support"}
+    for start, names in [("\nMore vectors", "full k-2 k-4 k-8"), ("\n| most of the weight", "lam-0 lam-10 lam-50 full lam-100")]:
+        line = text.split(start)[1].split("\n")[0]
+        for prompt, key in prompts.items():
+            said = re.findall(r"\d\.\d\d", re.search(rf"([\d., and]+) of {prompt}'s gap", line)[1])
+            assert [*map(float, said)] == pytest.approx([rows[key, name][1] for name in names.split()], abs=0.0051)
+    texts = [line.split(" | ")[1:] for line in text.split("What else a user might do")[1].splitlines() if re.match(r"\| (?!gap)[^-]", line)]
+    for cells, row in zip(texts, ["full", "cut-2", "cut-4", "summary-2", "summary-4", "llmlingua-2", "llmlingua-4"], strict=True):
+        for cell, key in zip(cells, prompts.values(), strict=True):
+            *said, k = map(float, re.findall(r"-?[\d.]+", cell))
+            assert said == pytest.approx(rows[key, row][1:], abs=0.0051) and k == rows[key, row][0]
+    said = re.findall(r"([\d,]+) tokens (\d\.\d\d)", text.split("\nBy length")[1].split("\n")[0])
+    assert {tokens.replace(",", ""): float(x) for tokens, x in said} == pytest.approx(lengths, abs=0.0051)
