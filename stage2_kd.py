@@ -677,10 +677,10 @@ def report(args, t, tables, skipped):
     for turn, table in enumerate(tables, 1):
         n, tokens = (table["full prompt"][key] for key in ("n", "answer_tokens"))
         print(f"\n{t.path}" * (len(args.prompt) > 1) + f"\n{n} {'test' if t.test_queries else 'held-out'} queries, {tokens} answer tokens" + f", turn {turn} of the chat" * (args.turns > 1)
-              + "; 95% interval over queries\n")
+              + ("; 95% interval over queries\n" if n > 1 else "; one query gives no interval\n"))
         print(f"{'':24s}{'KL':>8s}{'top-1':>8s}{'gap closed':>12s}{'95%':>18s}{'tokens fed':>12s}")
         for name, row in table.items():
-            print("{:24s}{kl:8.4f}{top1:8.1%}{gap_closed:12.3f}{:>18s}{tokens:12.0f}".format(name, "{:.3f} to {:.3f}".format(*row["gap_closed_95"]), **row))
+            print("{:24s}{kl:8.4f}{top1:8.1%}{gap_closed:12.3f}{:>18s}{tokens:12.0f}".format(name, "{:.3f} to {:.3f}".format(*row["gap_closed_95"]) if n > 1 else "-", **row))
     if args.steps > 0:
         plot(Path(t.out).with_suffix(".kd.png"), t.history, f"stage 2: {Path(t.path).name}")
         print(f"\nwrote {t.out}: {t.start.numel()} trained numbers, the best on held-out queries, of step {t.best['step']}; {skipped} steps skipped")
