@@ -599,7 +599,7 @@ def main():
              "*none*: the template's words around an empty slot. KL and gap closed: stage 2's own table, over all of its test questions. Means over roles, with a 95% bootstrap interval over roles"
              + f", which for {len(rows)} roles is little more than their range" * (1 < len(rows) < 6) + "."]
     if verdicts:
-        decided, alike = (sum(r[x] for r in rows for x in which) for which in (("W", "L"), ("both_orders",)))
+        decided, alike = sum(r["W"] + r["L"] for r in rows), sum(r["both_orders"] for r in rows)
         notes += ["", f"Judge {args.judge_model}: [BE] against the full prompt, each pair in both orders; win rate = (W + T / 2) / (W + T + L); equal answers are a tie; "
                       f"pairs without two clear verdicts are counted apart. {alike} of the {decided} pairs won or lost are so in both orders, the others in one, with TIE in the other."]
     text = report(rows, means, notes)

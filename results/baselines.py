@@ -324,14 +324,15 @@ def main():
     table, before = model.get_input_embeddings().weight, fingerprint(model)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     for method, ratio, name in wanted:
+        size = len(ids) // ratio
         if Path(f"{name}.txt").exists():
             short = Path(f"{name}.txt").read_text(encoding="utf-8")
         elif method == "cut":
-            short = tokenizer.decode(ids[:len(ids) // ratio])
+            short = tokenizer.decode(ids[:size])
         else:
-            short = summary(model, tokenizer, text, len(ids) // ratio) if method == "summary" else llmlingua(args.model, device, text, len(ids) // ratio)
+            short = summary(model, tokenizer, text, size) if method == "summary" else llmlingua(args.model, device, text, size)
         write(f"{name}.txt", short.encode())
-        slot = ids[:len(ids) // ratio] if method == "cut" else text_ids(tokenizer, short)[:len(ids) // ratio if method == "summary" else None]       # a text may take more tokens than it was said in
+        slot = ids[:size] if method == "cut" else text_ids(tokenizer, short)[:size]              # a text may take more tokens than it was said in
         if not slot:
             fail(f"{name}.txt: {method} gave no text at 1/{ratio} of {len(ids)} tokens; leave it out of --methods or --ratios", code=1)
         print(f"{name}.txt: {len(ids)} tokens -> {len(slot)}")
