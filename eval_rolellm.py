@@ -1,7 +1,7 @@
 """Role play: does [BE] act the part as well as the prompt that it stands for? RoleBench's roles, with the prompt, [BE] and none.
 
     ROUGE-L F of an answer against RoleBench's references, and against the full prompt's answer        retention = ROUGE-L of [BE] / of the full prompt
-    win rate = (W + T / 2) / (W + T + L), from a judge that sees each pair ([BE], full prompt) in both orders: as good as the prompt is 50%
+    win rate = (W + T / 2) / (W + T + L), from a judge that sees each pair ([BE], full prompt) in both orders; 50% is parity with the prompt
 
     python data/rolellm/prepare.py                                                  # RoleBench, from the hub
     python eval_rolellm.py                                                          # every role: its prompt, stages 1 and 2, three answers a question

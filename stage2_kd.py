@@ -62,10 +62,10 @@ def settings():
     add("--init",          default="be", choices=["be", "random"], help="start from --be, or from noise (then --layout and --k count)")
     add("--layout",        default="", choices=["chat", "block"], help="[BE] replaces the system message (chat, the default), or the whole system block; with --init be it is the artifact's")
     add("--k",             default=0,    type=number(int, 1),      help="vectors to learn, 1 by default; with --init be as many as the artifact has")
-    add("--lam",           default=0.9,  type=number(float, 0, 1), help="lambda, the weight of L_KD; at 1 there is no L_recon")
+    add("--lam",           default=0.9,  type=number(float, 0, 1), help="lambda, the weight of L_KD (with --hard of L_CE); at 1 there is no L_recon")
     add("--tau",           default=2.0,  type=number(float, 0.01), help="the temperature of L_KD")
     add("--answers",       default="teacher", choices=["teacher", "gold"], help="train along the teacher's own answers, or along the \"answer\" of each row of --queries")
-    add("--hard",          action="store_true",           help="prompt tuning instead of L_KD: cross-entropy with the tokens of those answers")
+    add("--hard",          action="store_true",           help="prompt tuning: L_CE, cross-entropy with the tokens of those answers, in the place of L_KD")
     add("--recon-every",   default=4,    type=number(int, 1),      help="L_recon enters every so many steps, that much heavier: the same gradient on average, at 1/4 of its cost")
     add("--steps",         default=600,  type=number(int, 0),      help="optimizer steps; 0 only measures the vector of --be")
     add("--batch",         default=4,    type=number(int, 1),      help="queries a step for each prompt; many small steps beat few large ones (results/LOG.md)")
@@ -845,7 +845,7 @@ def main():
     # the one trained tensor: the vectors of all prompts. AdamW works number by number, so each of them learns as it would alone
     be = torch.nn.Parameter(torch.cat([t.start for t in tasks]).to(device))                         # (slots, d) fp32
     optimizer = torch.optim.AdamW([be], betas=(0.9, 0.95), weight_decay=0)
-    first, skipped, tables = 0, 0, None
+    first, skipped, tables = (run["step"], run["skipped"], run["tables"]) if run else (0, 0, None)
 
     def held_out_kl(t, rows):
         """In nats a token: what the best vector is chosen by."""
@@ -861,7 +861,6 @@ def main():
         if run["inputs"] != inputs:
             fail(f"--resume: the prompt, the queries, the [AE], the template or the --dtype of the teacher have changed since {tasks[0].out} began; put them back, or run without --resume to start anew")
         be.data.copy_(run["last"])
-        first, skipped, tables = run["step"], run["skipped"], run["tables"]
         if run["optimizer"]:                                                                         # a finished run has none
             optimizer.load_state_dict(run["optimizer"])
 
@@ -886,7 +885,8 @@ def main():
 
     # the loop. Student: [BE] + query + answer -> its hidden states; teacher: what was kept of prompt + query + answer; the loss: their KL under the same head
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and dtype == torch.bfloat16)
-    main_loss, asked, bad, halt, step = "L_CE" if args.hard else "L_KD", [], 0, False, first - 1
+    main_loss = "L_CE" if args.hard else "L_KD"
+    asked, bad, halt, step = [], 0, False, first - 1
     on_stop(asked.append)
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="[BE] distil", dynamic_ncols=True, disable=rank > 0)
     for step in bar:
@@ -944,8 +944,8 @@ def main():
             save(step + 1)
         if halt:
             break
-        gaps = [1 - t.best["kl"] / t.none_kl for t in tasks if t.best["step"]]
-        bar.set_postfix({main_loss: f"{sums[:len(tasks)].mean():.3f}"} | ({"held_out_gap_closed": f"{sum(gaps) / len(gaps):.3f}"} if gaps else {}))
+        gap = sum(1 - t.best["kl"] / t.none_kl for t in tasks) / len(tasks)
+        bar.set_postfix({main_loss: f"{sums[:len(tasks)].mean():.3f}", "held_out_gap_closed": f"{gap:.3f}"})
     bar.close()
     barrier()                                               # torchrun ends the others as soon as one process leaves: not before rank 0 has saved
     if world > 1:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The ablations: each row of the list below, by the stage scripts' own command lines, at an equal number of optimizer steps, over the same cached teacher answers, for three prompts and three seeds.
 #
-#     results/ablations.sh                                           # all of it -> out/ablations, then results/README.md. Some 150 runs, most of a day on two cores, so choose
+#     results/ablations.sh                                           # all of it -> out/ablations, then results/README.md. Some 170 runs, most of a day on two cores, so choose
 #     ROWS="full kd memory-kd" SEEDS="0 1" results/ablations.sh      # some rows, two seeds
 #     STEPS=2 SEEDS=0 QUERIES=16 TESTS=4 OUT=out/smoke README=out/smoke/README.md results/ablations.sh        # does it run at all?
 #

@@ -282,7 +282,7 @@ def summary(model, tokenizer, text, size):
 
 
 def llmlingua(name, device, text, size):
-    """LLMLingua's compression of the text, at the highest rate (six halvings) that leaves at most `size` tokens -> text."""
+    """LLMLingua's compression of the text, at a rate found by bisection, to 1/64, that leaves at most `size` tokens -> text; empty if none does."""
     import tiktoken
     counter = transformers.AutoTokenizer.from_pretrained(name)
     tiktoken.encoding_for_model = lambda _: counter           # it only counts tokens for the report; GPT's own would be fetched from the network
@@ -332,7 +332,7 @@ def main():
         else:
             short = summary(model, tokenizer, text, size) if method == "summary" else llmlingua(args.model, device, text, size)
         write(f"{name}.txt", short.encode())
-        slot = ids[:size] if method == "cut" else text_ids(tokenizer, short)[:size]              # a text may take more tokens than it was said in
+        slot = ids[:size] if method == "cut" else text_ids(tokenizer, short)[:size if method == "summary" else None]       # a text may take more tokens than it was said in
         if not slot:
             fail(f"{name}.txt: {method} gave no text at 1/{ratio} of {len(ids)} tokens; leave it out of --methods or --ratios", code=1)
         print(f"{name}.txt: {len(ids)} tokens -> {len(slot)}")

@@ -23,15 +23,15 @@ import numpy as np
 import torch
 
 CONTROLS = ["full prompt", "no prompt", "no system block", "default system prompt", "random vector", "prompt cut to"]
-CLAIMS = [                                                                               # the paper's, each as "the first row is better than the second"
+CLAIMS = [                                                                               # the paper's, then what a user might pick instead; each as "the first row is better than the second"
     ("KD adds to reconstruction with [AE]", "full", "recon"),
     ("KD adds to reconstruction without [AE], the memory token", "memory-kd", "memory"),
     ("reconstruction with [AE] adds to KD", "full", "kd"),
     ("with [AE] it adds more than without", "full", "memory-kd"),
     ("reconstruction without [AE] harms KD", "kd", "memory-kd"),
-    ("reconstruction with [AE] adds to KD, where stage 1 has ten times the steps", "long", "kd"),
-    ("with [AE] it adds more than without, where stage 1 has ten times the steps", "long", "memory-long"),
-    ("reconstruction without [AE] harms KD, where stage 1 has ten times the steps", "kd", "memory-long"),
+    ("reconstruction with [AE] adds to KD, with a stage 1 of ten times STEPS", "long", "kd"),
+    ("with [AE] it adds more than without, with a stage 1 of ten times STEPS", "long", "memory-long"),
+    ("reconstruction without [AE] harms KD, with a stage 1 of ten times STEPS", "kd", "memory-long"),
     ("KD beats prompt tuning on gold answers", "kd", "tuning-gold"),
     ("KD beats prompt tuning on the teacher's answers", "kd", "tuning-teacher"),
     ("self-generated answers beat gold ones", "kd", "kd-gold"),
@@ -154,7 +154,8 @@ def verdict(x, single=()):
     """What the interval of a difference says of a claim that it is positive. single: the same of each prompt alone; where one of them contradicts another or the mean, the mean says nothing."""
     if not x:
         return "cannot tell: not run"
-    if any(low > 0 for _, low, *_ in (x, *single)) and any(high < 0 for _, _, high, *_ in (x, *single)):
+    every = (x, *single)
+    if any(low > 0 for _, low, *_ in every) and any(high < 0 for _, _, high, *_ in every):
         return "cannot tell: the prompts disagree"
     return ("holds here" if x[1] > 0 else "does not hold here" if x[2] < 0 else "cannot tell: the interval holds 0") + ", on a single seed" * (x[3] == 1)
 

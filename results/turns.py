@@ -35,8 +35,8 @@ def tables(printed):
         if title := re.match(r"(\d+) (test|held-out) queries, ", line):
             n = int(title[1])
             found.append({})
-        elif row := re.match(r"(\S.*?)  +([\d.]+) +[\d.]+% +(\S+) +(\S+) to (\S+) +\d+$", line):
-            kl, gap, low, high = map(float, row.groups()[1:])
+        elif row := re.match(r"(\S.*?)  +([\d.]+) +[\d.]+% +(\S+) +(?:(\S+) to (\S+)|-) +\d+$", line):
+            kl, gap, low, high = (x and float(x) for x in row.groups()[1:])                # one query has no interval
             found[-1][row[1].split(",")[0]] = {"kl": kl, "gap_closed": gap, "gap_closed_95": [low, high], "n": n}
     return found
 
@@ -47,7 +47,7 @@ def report(rows):
     for r in rows:
         for turn, table in enumerate(r["turns"], 1):
             be, none = table["[BE]"], table["no prompt (empty slot)"]
-            gap = "{:.3f} ({:.3f} to {:.3f})".format(be["gap_closed"], *be["gap_closed_95"])
+            gap = f"{be['gap_closed']:.3f}" + (" ({:.3f} to {:.3f})".format(*be["gap_closed_95"]) if be["n"] > 1 else "")
             lines.append(f"| {r['trained_on']} turn{'s' * (r['trained_on'] > 1)} | {r['steps']} | turn {turn} | {gap} | {be['n']} | {be['kl']:.3f} | {none['kl']:.3f} |")
     return "\n".join(lines) + "\n"
 
