@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The ablations: each row of the list below, by the stage scripts' own command lines, at an equal number of optimizer steps, over the same cached teacher answers, for three prompts and three seeds.
 #
-#     results/ablations.sh                                           # all of it -> out/ablations, then results/README.md. Some 170 runs, most of a day on two cores, so choose
+#     results/ablations.sh                                           # all of it -> out/ablations, then results/README.md. Some 180 runs, most of a day on two cores, so choose
 #     ROWS="full kd memory-kd" SEEDS="0 1" results/ablations.sh      # some rows, two seeds
 #     STEPS=2 SEEDS=0 QUERIES=16 TESTS=4 OUT=out/smoke README=out/smoke/README.md results/ablations.sh        # does it run at all?
 #
@@ -23,7 +23,7 @@
 #     cut, summary, llmlingua    results/baselines.py: what a user would pick instead; nothing is learned, so for the first seed only
 #
 # Equal budget, but for the rows long: STEPS optimizer steps in all, a quarter of them in stage 1 where a row has one. All queries of a prompt come from one .jsonl, so all its runs of one seed read one teacher file.
-# prompts/support.txt has no gold answers: tuning-gold and kd-gold leave it out, and results/README.md has them of a second role, ROWS="kd kd-gold tuning-gold" PROMPTS=data/rolellm/Walt_Kowalski.txt.
+# prompts/support.txt has no gold answers: tuning-gold and kd-gold leave it out, and with kd have the prompt GOLD in its place.
 # prompts/styleguide.txt has no questions: the model is asked for them once, and the last TESTS are kept for test.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -36,6 +36,7 @@ STEPS=${STEPS:-100}
 SEEDS=${SEEDS:-0 1 2}
 PROMPTS=${PROMPTS:-data/rolellm/Jack_Sparrow.txt prompts/support.txt prompts/gsm8k_8shot.json}
 LENGTHS=${LENGTHS-$OUT/pirate100.txt prompts/pirate.txt prompts/styleguide.txt}
+GOLD=${GOLD-data/rolellm/Walt_Kowalski.txt}                   # one more prompt for kd, kd-gold and tuning-gold
 ROWS=${ROWS:-full kd memory recon memory-kd long memory-long tuning-gold tuning-teacher kd-gold k-2 k-4 k-8 lam-0 lam-10 lam-50 lam-100 block length cut summary llmlingua}
 QUERIES=${QUERIES:-120}                                       # questions of a prompt, with those held out
 TESTS=${TESTS:-32}
@@ -132,9 +133,9 @@ PYTHON
 for seed in $SEEDS; do
     for row in $ROWS; do
         prompts=$PROMPTS
-        if [ "$row" = length ]; then prompts=$LENGTHS; fi
+        case $row in length) prompts=$LENGTHS ;; kd|kd-gold|tuning-gold) prompts="$PROMPTS $GOLD" ;; esac
         for prompt in $prompts; do
-            [ -e "$prompt" ] || fail "PROMPTS, LENGTHS: $prompt is not there"
+            [ -e "$prompt" ] || fail "PROMPTS, LENGTHS, GOLD: $prompt is not there"
             stem=$(basename "${prompt%.*}") s=s$seed
             at=$OUT/$stem
             questions

@@ -101,13 +101,14 @@ def control(run, name="[BE]"):
 
 def interval(pairs, draws=100_000):
     """Mean over prompts of sum(top) / sum(bottom) with its 95% interval: queries bootstrapped, seeds by Student's t. pairs: for each prompt (top, bottom), arrays (S, Q) over seeds and queries -> (mean, low, high)."""
-    rng, means = np.random.default_rng(0), np.zeros(draws)
+    rng, means = np.random.default_rng(0), np.zeros((2, draws))
     for top, bottom in pairs:
         queries = rng.integers(top.shape[1], size=(draws, top.shape[1]))
         means += top.sum(0)[queries].sum(1) / bottom.sum(0)[queries].sum(1) / len(pairs)
         if len(top) > 1:                        # three seeds drawn out of three are one and the same in 1 of 9 draws: that would give little more than their range
             by_seed = top.sum(1) / bottom.sum(1)
-            means += by_seed.std(ddof=1) / len(top) ** 0.5 * rng.standard_t(len(top) - 1, size=draws) / len(pairs)
+            t = rng.standard_t(len(top) - 1, size=draws)
+            means += by_seed.std(ddof=1) / len(top) ** 0.5 * np.stack([t, -t]) / len(pairs)          # both signs: b - a is a - b mirrored
     return sum(top.sum() / bottom.sum() for top, bottom in pairs) / len(pairs), *np.quantile(means, [0.025, 0.975])
 
 

@@ -21,7 +21,7 @@ def grid(scripts, checkpoints, owner, tmp_path):
 
     def run(**settings):
         env = {"PYTHON": sys.executable, "MODEL": checkpoints["smol"], "AE": tmp_path / "ae.pt", "OUT": tmp_path / "runs", "README": tmp_path / "table/README.md", "STEPS": 4, "SEEDS": 0, "QUERIES": 6, "TESTS": 2,
-               "PROMPTS": tmp_path / "shop.txt", "LENGTHS": "", "ROWS": ROWS, "STAGE1": "--dtype fp32", "STAGE2": "--dtype fp32 --answer-tokens 4 --batch 4 --eval-every 2"}
+               "PROMPTS": tmp_path / "shop.txt", "LENGTHS": "", "GOLD": "", "ROWS": ROWS, "STAGE1": "--dtype fp32", "STAGE2": "--dtype fp32 --answer-tokens 4 --batch 4 --eval-every 2"}
         (tmp_path / "table").mkdir(exist_ok=True)
         return subprocess.run([ROOT / "results/ablations.sh"], env=os.environ | {k: str(v) for k, v in (env | settings).items()}, capture_output=True, text=True)
     return run
@@ -47,8 +47,9 @@ def test_the_rows_have_one_budget_and_one_teacher_and_are_not_run_again(grid, tm
     (tmp_path / "runs/shop.kd.s0.pt").unlink()                                                     # the table keeps a finished run; the grid makes it again
     again = grid()
     assert again.returncode == 0 and again.stdout.count("$ ") == 1 and (tmp_path / "table/README.md").read_text() == table
-    other = grid(STEPS=5)
-    assert other.returncode == 2 and "STEPS=4" in other.stderr and "STEPS=5" in other.stderr and len(other.stderr.splitlines()) == 1
+    for where, settings in (("OUT:", {}), ("README:", {"OUT": tmp_path / "other"})):                # the runs, and the rows that the table keeps
+        other = grid(STEPS=5, **settings)
+        assert other.returncode == 2 and where in other.stderr and "STEPS=4" in other.stderr and "STEPS=5" in other.stderr and len(other.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("settings, said", [({"ROWS": "full half"}, "ROWS: there is no row half"), ({"SEEDS": "0 one"}, "SEEDS: expected whole numbers, found 'one'"), ({"STEPS": 1}, "STEPS: expected a whole number from 2, found '1'"),

@@ -119,6 +119,12 @@ def test_the_readme_says_of_the_ablations_what_their_table_says():
     text, table = PAGES["README.md"].split("**Ablations**")[1].split("**The roles' answers**")[0], (ROOT / "results/README.md").read_text(encoding="utf-8")
     figures = re.findall(r"[+-]\d\.\d{3} \([^)]+\)", text)
     assert len(figures) > 20 and not [x for x in figures if x not in table]
+    for line in text.split("| the paper says |")[1].split("\n\n")[0].splitlines()[2:]:
+        verdicts = re.findall(r"(holds|cannot be told|does not hold|the prompts disagree): (?:mean|Jack Sparrow) ([+-]\d\.\d{3} \([^)]+\))", line)
+        found = [next(x for x in table.splitlines() if f"| {figure} |" in x and x.count("|") == 6) for _, figure in verdicts]
+        assert found and not [x for x in re.findall(r"[+-]\d\.\d{3} \([^)]+\)", line) if x not in " ".join(found)]
+        assert [{"holds": "holds here", "cannot be told": "cannot tell: the interval holds 0", "does not hold": "does not hold here", "the prompts disagree": "cannot tell: the prompts disagree"}[said]
+                for said, _ in verdicts] == [x.split(" | ")[-1].removesuffix(" |") for x in found]
 
     # the figures of two decimals: gap closed of a prompt's row, with its interval
     rows, lengths = {}, {}
