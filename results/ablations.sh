@@ -46,6 +46,7 @@ ROLEBENCH=${ROLEBENCH:-data/rolellm/rolebench}
 [ -d "$ROLEBENCH" ] || ROLEBENCH=../shared/data/rolebench
 
 fail() { echo "ablations.sh: $1" >&2; exit 2; }
+[ $# = 0 ] || fail "expected no arguments, found '$*'; the settings are environment variables, as at the head of this file"
 [ -x "$PYTHON" ] || command -v "$PYTHON" > /dev/null || fail "no $PYTHON; make .venv with: make demo, or name another with PYTHON=python3"
 case $STEPS in ''|*[!0-9]*|0|1) fail "STEPS: expected a whole number from 2, found '$STEPS'";; esac
 for seed in $SEEDS; do case $seed in *[!0-9]*) fail "SEEDS: expected whole numbers, found '$seed'";; esac; done

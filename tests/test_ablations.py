@@ -52,6 +52,11 @@ def test_the_rows_have_one_budget_and_one_teacher_and_are_not_run_again(grid, tm
         assert other.returncode == 2 and where in other.stderr and "STEPS=4" in other.stderr and "STEPS=5" in other.stderr and len(other.stderr.splitlines()) == 1
 
 
+def test_an_argument_starts_nothing(tmp_path):
+    r = subprocess.run([ROOT / "results/ablations.sh", "--help"], env=os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path / "runs")}, capture_output=True, text=True)
+    assert r.returncode == 2 and "found '--help'" in r.stderr and len(r.stderr.splitlines()) == 1 and not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("settings, said", [({"ROWS": "full half"}, "ROWS: there is no row half"), ({"SEEDS": "0 one"}, "SEEDS: expected whole numbers, found 'one'"), ({"STEPS": 1}, "STEPS: expected a whole number from 2, found '1'"),
                                             ({"PROMPTS": "none.txt"}, "none.txt is not there"), ({"PYTHON": "nowhere/python"}, "no nowhere/python")])
 def test_a_mistake_is_told_in_one_line(grid, tmp_path, settings, said):
