@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-CONTROLS = ["full prompt", "no prompt", "no system block", "default system prompt", "random vector", "prompt cut to"]
 CLAIMS = [                                                                               # the paper's, then what a user might pick instead; each as "the first row is better than the second"
     ("KD adds to reconstruction with [AE]", "full", "recon"),
     ("KD adds to reconstruction without [AE], the memory token", "memory-kd", "memory"),
@@ -183,7 +182,7 @@ def report(runs, chosen=""):
                 kl, top1 = (np.mean([control(r)[key] for r in part]) for key in ("kl", "top1"))
                 lines.append(f"| {row} | {part[0]['steps']} | {part[0]['k']} | {mean:.3f} ({low:.3f} to {high:.3f}) | {show(difference(runs, row, 'full', p)) if row != 'full' else ''} | {kl:.3f} | {top1:.1%} | "
                              f"{control(part[0])['n']} | {len(part)} |")
-        lines.append("| *controls* | | | " + "; ".join(f"{name} {control(run, name)['gap_closed']:.3f}" for name in CONTROLS) + " | | | | | |")
+        lines.append("| *controls* | | | " + "; ".join(f"{name} {row['gap_closed']:.3f}" for name, row in run["controls"].items() if not name.startswith("[BE]")) + " | | | | | |")
     if shared := {row: x for row in rows if row != "full" and (x := difference(runs, row, "full"))}:
         lines += ["", "## Over the prompts", "", "| row | against full, mean over the prompts that both have (95%) | prompts | seeds, of the prompt with the fewest |", "|---|---|---|---|"]
         lines += [f"| {row} | {show(x)} | {', '.join(p for p in prompts if difference(runs, row, 'full', p))} | {x[3]} |" for row, x in shared.items()]

@@ -38,7 +38,7 @@ def test_rows_are_means_over_seeds_and_say_how_many_runs_they_are(table, tmp_pat
     line = next(x for x in pirate.split("\n") if x.startswith("| full |"))
     assert line.startswith("| full | 0 + 300 | 1 | 0.500 (") and line.endswith("| 0.500 | 50.0% | 7 | 2 |")
     assert "| full | 0 + 300 | 1 | 0.200 (" in shop and "k-4" not in shop.split("##")[0]
-    assert "full prompt 0.990; no prompt 0.000; no system block 0.100; default system prompt 0.200; random vector 0.010; prompt cut to 0.020" in pirate
+    assert "full prompt 0.990; no prompt (empty slot) 0.000; no system block at all 0.100; default system prompt 0.200; random vector 0.010; prompt cut to 1 token 0.020" in pirate
     assert table.plots(runs, tmp_path) == ["ablations-k.png", "ablations-lambda.png", "ablations-curves.png"]        # one length only: no plot of it
     assert all((tmp_path / f"ablations-{n}.png").read_bytes()[:4] == b"\x89PNG" for n in ("k", "lambda", "curves"))
 
