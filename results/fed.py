@@ -1,36 +1,46 @@
-"""What exactly is fed, position by position, with the default model's own tokenizer; an arrow stands where a loss is taken, and points at the token that is to be predicted.
+"""What is fed, position by position, in the default model's own tokens. An arrow stands where a loss is taken, and
+points at the token to be predicted.
 
     python results/fed.py > results/fed.txt
 """
-import os
 import sys
 from pathlib import Path
 
 import transformers
 
-os.chdir(Path(__file__).resolve().parent.parent)
-sys.path.insert(0, ".")
-from stage2_kd import chat_ids, layout_ids, text_ids  # noqa: E402 (the stage's own functions: what they feed is what is shown)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # the stages' own functions: what they feed is shown
+from stage1_recon import beside, chat_ids, layout_ids, text_ids
 
 TEXT, PROMPT, QUERY, ANSWER = "Tea is hot.", "Talk like a pirate.", "How are you?", "Aye, well!"
-tokenizer = transformers.AutoTokenizer.from_pretrained("models/smollm2-135m")
-turns, end = [{"role": "user", "content": QUERY}], tokenizer.eos_token_id
-x, s, a = text_ids(tokenizer, TEXT), text_ids(tokenizer, PROMPT), text_ids(tokenizer, ANSWER) + [end]
-student, teacher = layout_ids(tokenizer, "chat", [-1], turns), chat_ids(tokenizer, [{"role": "system", "content": PROMPT}] + turns)
-opening = student[:student.index(-1)]
+BE, AE = -1, -2
+
+tokenizer = transformers.AutoTokenizer.from_pretrained(beside("models/smollm2-135m"))
+end, turns = tokenizer.eos_token_id, [{"role": "user", "content": QUERY}]
+x, s, a = (text_ids(tokenizer, text) for text in (TEXT, PROMPT, ANSWER))
+student = layout_ids(tokenizer, "chat", [BE], turns)
+teacher = chat_ids(tokenizer, [{"role": "system", "content": PROMPT}] + turns)
+words = student[:student.index(BE)]
+
+# column: what is fed, and the tokens that its last positions predict
+columns = {
+    "stage 0": (words + x + [AE] + x, x + [end]),
+    "stage 1": (words + [BE, AE] + s[:-1], s),
+    "stage 2, student": (student + a, a + [end]),
+    "teacher": (teacher + a, a + [end]),
+    "inference": (student, [])}
 
 
 def name(i):
-    return {-1: "[BE]", -2: "[AE]"}.get(i) or repr(tokenizer.decode([i]))[1:-1]
+    return {BE: "[BE]", AE: "[AE]"}.get(i) or repr(tokenizer.decode([i]))[1:-1]
 
 
-# column: (what is fed, the tokens to be predicted from its last positions on)
-columns = {"stage 0": (opening + x + [-2] + x, x + [end]), "stage 1": (opening + [-1, -2] + s[:-1], s), "stage 2, student": (student + a[:-1], a), "teacher": (teacher + a[:-1], a),
-           "inference": (student, [])}
-print("{:>4}  ".format("") + "".join(f"{c:30}" for c in columns).rstrip())
-for n in range(max(len(ids) for ids, _ in columns.values())):
-    cells = []
-    for ids, targets in columns.values():
-        t = n - (len(ids) - len(targets))
-        cells.append("" if n >= len(ids) else name(ids[n]) + (f" -> {name(targets[t])}" if 0 <= t < len(targets) else ""))
-    print(f"{n:4}  " + "".join(f"{c:30}" for c in cells).rstrip())
+def cell(ids, targets, position):
+    if position >= len(ids):
+        return ""
+    t = position - (len(ids) - len(targets))                # which target this position predicts; below 0 it is none
+    return name(ids[position]) + (f" -> {name(targets[t])}" if t >= 0 and targets else "")
+
+
+print("      " + "".join(f"{c:30}" for c in columns).rstrip())
+for position in range(max(len(ids) for ids, _ in columns.values())):
+    print(f"{position:4}  " + "".join(f"{cell(*column, position):30}" for column in columns.values()).rstrip())

@@ -1,10 +1,12 @@
-"""Tiny random chat models, built on the spot, and the scripts as modules. No network, no file outside pytest's temporary folder."""
+"""Tiny random chat models with the templates of real families, the scripts as modules, and their main() run in this
+process: no network, no file outside pytest's temporary folders."""
 import os
 
-os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg")     # before torch is imported; processes that tests start inherit it
+# before torch is imported; a process that a test starts inherits it
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1",
+               "MPLBACKEND": "Agg", "CUDA_VISIBLE_DEVICES": ""}
 
-import importlib.util
-import sys
+import contextlib, functools, importlib.util, io, json, random, runpy, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,64 +16,96 @@ import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU = torch.device("cpu")
 torch.set_num_threads(1)
+torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False      # fp32 on every machine
 
-TEXT = """The harbour of Grimmel Bay wakes before the sun does. By five the fish market is loud, and 37 boats lie three deep along the quay. A baker called Tom
-sells 120 loaves a day, at 2.50 each, and he never writes a price down. You are a helpful assistant. Answer in two short sentences, and be kind.
-How many apples are left if Anna has 18 apples and gives 7 of them away? She has 18 - 7 = 11 apples. What is the capital of France? It is Paris.
-Rice is cooked in twice its volume of water, with a little salt, for 12 minutes. Do not lift the lid. When the water is gone, take the pot from the fire.
-The old captain speaks slowly: "Aye, the reef took my ship in 1843, and the sea took my ear. Ask me again tomorrow, friend." Nobody asked him again.
-To reset the router, hold the small button for 10 seconds, then wait until the light is green. If it stays red, write to support and name your order number.
-system user assistant question answer please tell me why because there is always another way to say the same thing, 0 1 2 3 4 5 6 7 8 9, and then some more."""
-
+TEXT = """The harbour of Grimmel Bay wakes before the sun does. By five the fish market is loud, and 37 boats lie along
+the quay. A baker called Tom sells 120 loaves a day, at 2.50 each, and he never writes a price down. Answer in two short
+sentences, and be kind. How many apples are left if Anna has 18 apples and gives 7 of them away? She has 18 - 7 = 11.
+Rice is cooked in twice its volume of water, with a little salt, for 12 minutes. When the water is gone, lift the lid.
+The old captain speaks slowly: "Aye, the reef took my ship in 1843." You are a helpful assistant, please tell me why.
+To reset the router, hold the small button for 10 seconds, then wait until the light is green or the light is red.
+system user assistant question answer, 0 1 2 3 4 5 6 7 8 9, is there always another way to say the same thing?"""
 SENTENCES = [s.strip() for s in TEXT.replace("\n", " ").replace("?", ".").split(".") if len(s.split()) > 3]
+PROMPT = "You are the old captain. Answer in two short sentences: 1, 2, 37! Never name your ship."
+TINY = ["--device", "cpu"]
 
-CHATML = ("{% for message in messages %}DEFAULT{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-DEFAULT = "{% if loop.first and message['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful AI assistant<|im_end|>\n' }}{% endif %}"
-LLAMA3 = ("{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
-LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# --- the templates of real families, each with its trap
 
-# name: (model class, its own config, dtype on disk, special tokens with BOS and EOS, template, word splitting)
+CHATML = """{% for m in messages %}DEFAULT{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+DEFAULT = """{% if loop.first and m.role != 'system' %}
+{{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"""
+LLAMA3 = """{{ bos_token }}{% for m in messages %}
+{{- '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
+# an empty thought before an assistant's last words, and, told not to think, before what it is about to say
+QWEN3 = """{% set ns = namespace(asked=0) %}
+{%- for m in messages %}{% if m.role == 'user' %}{% set ns.asked = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}
+{%- if m.role == 'assistant' and loop.index0 > ns.asked %}{{ '<think>\n\n</think>\n\n' }}{% endif %}
+{{- m.content + '<|im_end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}
+{%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"""
+# the system message stands inside the first user turn, every turn has a BOS, and no system message may come alone
+LLAMA2 = """{% set said = messages[1:] if messages[0].role == 'system' else messages %}
+{%- if not said %}{{ raise_exception('a system message without a user message') }}{% endif %}
+{%- for m in said %}{% if m.role == 'user' %}{{ bos_token + '[INST]\n' }}
+{%- if loop.first and said != messages %}{{ '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' }}{% endif %}
+{{- m.content.strip() + '\n[/INST]\n' }}{% else %}{{ m.content.strip() + '\n' + eos_token }}{% endif %}{% endfor %}"""
+SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+SPARE = ["<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>"]
+IM = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *SPARE]
+
+# name: (model class, its own config, dtype on disk, special tokens, BOS, EOS, template, how words are split)
 KINDS = {
-    "smol": (transformers.LlamaForCausalLM, dict(tie_word_embeddings=True), torch.float32,
-             ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|im_start|>", "<|im_end|>", CHATML.replace("DEFAULT", DEFAULT), None),
-    "qwen": (transformers.Qwen3ForCausalLM, dict(tie_word_embeddings=False, head_dim=16), torch.bfloat16,
-             ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], None, "<|im_end|>", CHATML.replace("DEFAULT", ""), LLAMA3_SPLIT.replace("{1,3}", "")),
-    "llama3": (transformers.LlamaForCausalLM, dict(tie_word_embeddings=False), torch.float32,
-               ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|begin_of_text|>", "<|eot_id|>", LLAMA3, LLAMA3_SPLIT),
+    "smol": (transformers.LlamaForCausalLM, {"tie_word_embeddings": True}, torch.float32,
+             IM, "<|im_start|>", "<|im_end|>", CHATML.replace("DEFAULT", ""), None),
+    "llama3": (transformers.LlamaForCausalLM, {"tie_word_embeddings": False}, torch.float32,
+               ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", *SPARE],
+               "<|begin_of_text|>", "<|eot_id|>", LLAMA3, SPLIT),
+    "qwen2": (transformers.Qwen2ForCausalLM, {"tie_word_embeddings": True}, torch.float32,
+              IM, None, "<|im_end|>", CHATML.replace("DEFAULT", DEFAULT), SPLIT),
+    "qwen3": (transformers.Qwen3ForCausalLM, {"tie_word_embeddings": False, "head_dim": 16}, torch.bfloat16,
+              IM + ["<think>", "</think>"], None, "<|im_end|>", QWEN3, SPLIT),
+    "llama2": (transformers.LlamaForCausalLM, {"tie_word_embeddings": False}, torch.float32,
+               ["<s>", "</s>"], "<s>", "</s>", LLAMA2, None),
 }
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: needs the real default model of models/prepare.py, and minutes; leave out with -m 'not slow'")
-    config.addinivalue_line("markers", "serving: starts real servers, vLLM in a venv of its own (3 GB); make test-serving")
+    config.addinivalue_line("markers", "slow: minutes, with the default model of models/prepare.py; make test-slow")
+    config.addinivalue_line("markers", "serving: starts real servers; make test-serving")
 
 
-def build_tokenizer(special, bos, eos, template, split):
-    """A byte-level BPE of about 500 tokens. As in Llama 3, one that has a BOS of its own puts it in front of a text unless it is told not to."""
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    pre = tokenizers.pre_tokenizers
+@functools.cache
+def build_tokenizer(kind):
+    """A byte-level BPE of about 500 tokens. One with a real BOS puts it before a text unless told not to."""
+    *_, special, bos, eos, template, split = KINDS[kind]
+    bpe, pre = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers
     bpe.pre_tokenizer = pre.ByteLevel(add_prefix_space=False) if split is None else pre.Sequence(
         [pre.Split(tokenizers.Regex(split), "isolated"), pre.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False)
-    bpe.train_from_iterator(TEXT.splitlines(), trainer)
+    bpe.train_from_iterator(TEXT.splitlines(), tokenizers.trainers.BpeTrainer(
+        vocab_size=500, special_tokens=special, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False))
     if bos == special[0]:
         bpe.post_processor = tokenizers.processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=bos, eos_token=eos, pad_token=eos)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=bos, eos_token=eos, pad_token=eos,
+                                                     model_max_length=1024)
     tokenizer.chat_template = template
     return tokenizer
 
 
-def build_checkpoint(folder, name, seed=0):
-    cls, own, dtype, special, bos, eos, template, split = KINDS[name]
-    tokenizer = build_tokenizer(special, bos, eos, template, split)
-    torch.manual_seed(seed)
-    config = cls.config_class(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, bos_token_id=tokenizer.bos_token_id,
-                              eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id, max_position_embeddings=1024, initializer_range=0.1, **own)     # 0.1: logits that are not flat
+def build_checkpoint(folder, kind, **changes):
+    cls, own, dtype, *_ = KINDS[kind]
+    tokenizer = build_tokenizer(kind)
+    torch.manual_seed(0)
+    config = cls.config_class(**{
+        "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id,
+        "max_position_embeddings": 1024, "initializer_range": 0.1, **own, **changes})       # 0.1: logits that differ
     cls(config).to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -79,52 +113,115 @@ def build_checkpoint(folder, name, seed=0):
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
-    """name -> folder of a tiny checkpoint. smol: Llama, tied, fp32, a default system prompt. qwen: Qwen3, untied, bf16, no BOS. llama3: Llama, untied, fp32, a real BOS."""
-    return {name: build_checkpoint(tmp_path_factory.mktemp("models") / name, name) for name in KINDS}
+    """kind -> folder of a tiny checkpoint."""
+    return {kind: build_checkpoint(tmp_path_factory.mktemp("models") / kind, kind) for kind in KINDS}
 
 
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+# --- the scripts
+
+@functools.cache
+def script(name):
+    """A script as a module, from its path: they are no package, and none imports another."""
+    path = ROOT / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
+def main(name, *args, cwd="."):
+    """A script's command line, in this process -> code, out, err."""
+    code, out, err = 0, *(io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in "oe")
+    with pytest.MonkeyPatch.context() as m, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        m.chdir(cwd)
+        m.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
+        try:
+            if name.endswith("prepare"):                    # these have no main()
+                runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+            else:
+                script(name).main()
+        except SystemExit as e:
+            code = e.code or 0
+    out, err = (stream.buffer.getvalue().decode() for stream in (out, err))
+    return SimpleNamespace(code=code, out=out, err=err)
+
+
+def run(name, *args, cwd, ok=True, launcher=()):
+    """The real command line, in a process of its own: for what only that can show. It takes five seconds to start."""
+    r = subprocess.run([sys.executable, *launcher, ROOT / f"{name}.py", *map(str, args)], cwd=cwd, capture_output=True,
+                       text=True, timeout=300)
+    assert not ok or r.returncode == 0, r.stderr
+    return r
+
+
+def opened(path):
+    return torch.load(path, weights_only=True)
+
+
+@torch.no_grad()
+def plain_logits(model, ids, learned):
+    """The reference for every fast path: one row, no cache, no mask, nothing packed -> (T, V)."""
+    embeds = script("stage2_kd").embed(model, torch.tensor([ids]), learned)
+    return model(inputs_embeds=embeds, use_cache=False).logits[0]
+
+
+def plain_greedy(model, row, learned, limit, stop=None):
+    """The reference for every answer: the whole row again for each token, up to and with an end of turn."""
+    said, stop = [], model.generation_config.eos_token_id if stop is None else stop
+    while len(said) < limit and not (said and said[-1] in stop):
+        said.append(plain_logits(model, row + said, learned)[-1].argmax().item())
+    return said
+
+
+def load_tiny(checkpoints, kind):
+    with contextlib.redirect_stdout(io.StringIO()):
+        return script("stage2_kd").load_frozen(str(checkpoints[kind]), "cpu")
+
+
+@pytest.fixture(scope="session", params=["smol", "llama3", "qwen2", "qwen3"])
+def loaded(request, checkpoints):
+    """(model in fp32, tokenizer) through the scripts' own load_frozen; a test that asks for it runs once a family."""
+    return load_tiny(checkpoints, request.param)
+
+
 @pytest.fixture(scope="session")
-def scripts():
-    """The stage scripts as modules; they are no package, and none imports another."""
-    return SimpleNamespace(ae=load_script("stage0_ae"), recon=load_script("stage1_recon"), kd=load_script("stage2_kd"), infer=load_script("infer"))
+def smol(checkpoints):
+    """The tied Llama alone, for what does not depend on the family."""
+    return load_tiny(checkpoints, "smol")
 
 
-@pytest.fixture(scope="session", params=list(KINDS))
-def loaded(request, checkpoints, scripts):
-    """(name, model in fp32, tokenizer), through the scripts' own load_frozen; each test that asks for it runs once a model."""
-    return request.param, *scripts.kd.load_frozen(str(checkpoints[request.param]), CPU, torch.float32, "eager")
-
-
-@pytest.fixture(scope="session")
-def smol(checkpoints, scripts):
-    """(model, tokenizer) of the tied Llama alone, for what does not depend on the model."""
-    return scripts.kd.load_frozen(str(checkpoints["smol"]), CPU, torch.float32, "eager")
-
-
-@pytest.fixture(scope="session")
-def owner(scripts, checkpoints, smol):
-    """What an artifact says of the tied Llama that it belongs to."""
-    return {"name": str(checkpoints["smol"]), "revision": None, "fingerprint": scripts.kd.fingerprint(smol[0]), "d": 64}
+def fill(folder):
+    """A prompt, queries for it, and a corpus of few words, so that a tiny model can learn to copy it a little."""
+    folder.mkdir()
+    words, rng = "the harbour of Grimmel Bay wakes before the sun does".split(), random.Random(0)
+    texts = [" ".join(rng.choices(words, k=50)) for _ in range(30)]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (folder / "p.txt").write_text(PROMPT)
+    (folder / "p.queries.txt").write_text("".join(f"{s}?\n" for s in SENTENCES))
+    return folder
 
 
 @pytest.fixture
-def command(scripts, monkeypatch, capsys):
-    """command(module, *arguments) runs a script's main() in this process -> SimpleNamespace(code, out, err)."""
-    def run(module, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
-        code = 0
-        capsys.readouterr()
-        try:
-            module.main()
-        except SystemExit as e:
-            code = e.code
-        out, err = capsys.readouterr()
-        return SimpleNamespace(code=code, out=out, err=err)
-    return run
+def work(tmp_path, monkeypatch):
+    """A working folder, which is the current one."""
+    monkeypatch.chdir(fill(tmp_path / "work"))
+    return tmp_path / "work"
+
+
+@pytest.fixture(scope="session")
+def vectors(smol, checkpoints, tmp_path_factory):
+    """A folder with ae.pt, recon.pt, be.pt (k 1, chat) and block.pt (k 2, block) for smol, their vectors noise."""
+    folder, kd, g = tmp_path_factory.mktemp("vectors"), script("stage2_kd"), torch.Generator().manual_seed(0)
+    table = smol[0].get_input_embeddings().weight
+
+    def noise(k):
+        return table.mean(0) + 3 * table.std(0) * torch.randn(k, 64, generator=g)
+    common = {"model": {"name": str(checkpoints["smol"]), "fingerprint": kd.fingerprint(smol[0])}, "config": {},
+              "metrics": {}, "history": []}
+    be = {"kind": "be", "layout": "chat", "messages": [{"role": "system", "content": PROMPT}], "tokens": 40,
+          "ae": noise(1), **common}
+    kd.save(folder / "ae.pt", kind="ae", vector=be["ae"], **common)
+    kd.save(folder / "recon.pt", stage="recon", vector=noise(1), **be)
+    kd.save(folder / "be.pt", stage="kd", vector=noise(1), **be | {"config": {"prompt": "p.txt"}})
+    kd.save(folder / "block.pt", stage="kd", vector=noise(2), **be | {"layout": "block"})
+    return folder

@@ -1,0 +1,353 @@
+"""Does [BE] do what its prompt does? Measured on test queries, beside all else that could stand in the prompt's place.
+
+    teacher      the frozen model with the full prompt answers each query greedily: a_1 ... a_T
+    KL           mean_t KL(P(. | prompt, query, a_<t) || P(. | [BE], query, a_<t)) over all answers, nats a token
+    gap closed   1 - KL / KL(no prompt): 0 is no better than no prompt, 1 is as good as the prompt
+
+    python eval_kl.py                                               # out/be.pt, NAME.test.txt beside its prompt
+    python eval_kl.py --be out/be.pt --queries q.jsonl --plot       # other queries; its training's losses as a PNG
+
+Expect   prompts/pirate.txt, 40 test queries, two CPU cores: EXPECT
+The full prompt's own row is 0.0000 in fp32 and about 0.001 in bf16: that much is rounding.
+"""
+import argparse, copy, hashlib, json, os, re, shlex, sys, zipfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from tqdm import tqdm
+
+
+def settings():
+    formats = argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formats, {}))
+    add = p.add_argument
+    add("--be", default="out/be.pt", help="the artifact, of stage 2 or of stage 1")
+    add("--queries", help="test queries; None is NAME.test.txt beside the prompt it was trained on")
+    add("--model", help="hub name or folder; None is the one that the artifact names")
+    add("--answer-tokens", type=int, help="the teacher's answers are cut here; None is where training cut them")
+    add("--draws", type=int, default=1000, help="bootstrap: how often the queries are drawn anew for an interval")
+    add("--out", help="every number, as json; None is NAME.kl.json beside the artifact")
+    add("--plot", action="store_true", help="draw the losses of its training, too: a .png beside --out")
+    add("--device", default="auto", help="cuda, mps or cpu")
+    return p.parse_args()
+
+
+# --- shared: load_frozen ----------------------------------------------------------------------
+def fail(message):
+    """A user's mistake: one line that says what was expected, what came and what to do; exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def beside(path):
+    """What is not in the current folder is looked for beside this script: models/, artifacts/, prompts/."""
+    return Path(path) if Path(path).exists() else Path(__file__).resolve().parent / path
+
+
+def load_frozen(name, device="auto"):
+    """The frozen chat model, bf16 where the hardware multiplies it, and its tokenizer. name: hub name or folder. Exits
+    with one line unless it is a whole Llama, Qwen2 or Qwen3 chat model with full attention in every layer."""
+    transformers.utils.logging.disable_progress_bar()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    dtype = torch.bfloat16 if device == "cuda" or device == "cpu" and native else torch.float32
+    local = name.startswith(("models/", ".", "/")) or Path(name).is_dir()           # else the hub is asked for it
+    source = beside(name) if local else name
+    chat = [{"role": role, "content": "Be kind."} for role in ("system", "user", "assistant", "user")]
+    try:
+        if local and not source.is_dir():
+            raise ValueError("there is no such folder")
+        config = transformers.AutoConfig.from_pretrained(source)
+        kinds = {config.model_type, *(getattr(config, "layer_types", None) or [])}
+        if kinds - {"llama", "qwen2", "qwen3", "full_attention"}:
+            raise ValueError(f"expected llama, qwen2 or qwen3, full attention in every layer; found {sorted(kinds)}")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        joint = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, **TEMPLATE)
+        split = chat_ids(tokenizer, chat)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+    except Exception as e:                                  # broken folders raise many types; each means the same
+        fail(f"--model {name}: no Llama or Qwen chat model: {e}; the default one comes with: python models/prepare.py")
+    ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
+    ends = sorted({*ends} - {None})                         # folders disagree on what ends a turn: all of them do
+    if info["missing_keys"] or split != joint or not ends:
+        fail(f"--model {name}: expected every weight, found {len(info['missing_keys'])} missing; an end of turn, found "
+             f"{ends}; and a tokenizer that joins no word of template and message: {split == joint}; use another")
+    flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
+    model.long_rows = "flash_attention_2" if flash else "sdpa"          # takes no mask, so a packed batch needs SDPA
+    model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
+    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest counts it
+    tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
+    print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
+    return model.to(device).requires_grad_(False).eval(), tokenizer
+# --- end shared -------------------------------------------------------------------------------
+
+
+# --- shared: embed ----------------------------------------------------------------------------
+def embed(model, ids, learned):
+    """The hook: ids (B, T) to input embeddings (B, T, d). id >= 0 is a token of the frozen table; -1 - i is row i of
+    learned (n, d), an fp32 master, cast here: bf16 numbers near 0.5 are 0.004 apart, too coarse for a small step."""
+    tokens = model.get_input_embeddings()(ids.clamp(min=0))
+    rows = F.embedding((-1 - ids).clamp(min=0), learned.to(tokens.dtype))
+    return torch.where((ids < 0)[..., None], rows, tokens)
+# --- end shared -------------------------------------------------------------------------------
+
+
+# --- shared: chat_ids -------------------------------------------------------------------------
+# Llama 3 would print today's date, and Qwen3 would think aloud
+TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}
+
+
+def text_ids(tokenizer, text):
+    """Plain text: no BOS, and the name of a special token inside it is text."""
+    return tokenizer(text.strip(), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def chat_ids(tokenizer, messages, generate=True):
+    """A dialogue in the model's own template, up to where the assistant speaks. A content is text, or ids such as the
+    slot [-1]: the template is rendered with a mark for each and cut at the marks, so no content leaves its place."""
+    marks = [chr(0xE000 + i) for i in range(len(messages))]
+    turns = [{"role": m["role"], "content": mark} for m, mark in zip(messages, marks)]
+    text, ids = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, **TEMPLATE), []
+    for m, mark in zip(messages, marks):
+        before, _, text = text.partition(mark)
+        ids += tokenizer(before, add_special_tokens=False)["input_ids"]
+        ids += text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]
+    ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) > tokenizer.model_max_length:
+        fail(f"expected at most {tokenizer.model_max_length} tokens, the model's context, found {len(ids)}; shorten it")
+    return ids
+
+
+def later_turns(tokenizer, turns):
+    """turns as they follow an answer: BOS or [], and the rest. So no system message is rendered alone: some templates
+    refuse that, others move it."""
+    end = 1 << 40                                           # the answer: an id of no vocabulary, to cut after
+    said = [{"role": r, "content": c} for r, c in (("system", []), ("user", []), ("assistant", [end]))]
+    ids, closed = chat_ids(tokenizer, said + turns), chat_ids(tokenizer, said, generate=False)
+    bos = ids[:1] if ids[0] == tokenizer.bos_token_id and ids.count(ids[0]) == 1 else []    # ChatML's opens every turn
+    return bos, ids[ids.index(end) + len(closed) - closed.index(end):]
+
+
+def layout_ids(tokenizer, layout, slot, turns):
+    """What is fed in the prompt's place. slot: ids [-1, -2, ...], or [] for no prompt at all.
+    chat:   the system MESSAGE is the slot                 <sys> [BE] </sys> <user> q </user> <assistant>
+    block:  the system BLOCK is the slot (the paper's)                [BE] <user> q </user> <assistant>"""
+    if layout == "chat":
+        return chat_ids(tokenizer, [{"role": "system", "content": slot}] + turns)
+    bos, rest = later_turns(tokenizer, turns)
+    return bos + slot + rest
+# --- end shared -------------------------------------------------------------------------------
+
+
+# --- shared: artifact -------------------------------------------------------------------------
+def fingerprint(model):
+    """A vector fits the weights it was trained on and no others: a hash over a sample of each of them."""
+    h = hashlib.sha256()
+    for name, w in model.named_parameters():
+        h.update(name.encode() + w.flatten()[::997].bfloat16().view(torch.int16).cpu().numpy().tobytes())
+    return h.hexdigest()
+
+
+def load(path, kind, maker, model=None):
+    """A whole artifact of this kind, made for this model; else one line that names the command that makes it."""
+    try:
+        if zipfile.ZipFile(beside(path)).testzip():         # the zip's own checksums
+            raise ValueError("a checksum in it is wrong")
+        artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
+        found, made_for = artifact["kind"], artifact["model"]
+    except Exception as e:                                  # a damaged file raises many types; each means the same
+        fail(f"{path}: expected a whole artifact, found: {type(e).__name__}: {e}; make it with: {maker}")
+    if found != kind or model and made_for["fingerprint"] != fingerprint(model):
+        fail(f"{path}: expected {kind} for this model, found {found} for {made_for['name']}; make it with: {maker}")
+    return artifact
+# --- end shared -------------------------------------------------------------------------------
+
+
+# --- shared: pack -----------------------------------------------------------------------------
+def shared_length(rows):
+    """How many ids all rows begin with; each keeps one of its own."""
+    return min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)
+
+
+def pack(rows, n):
+    """Rows of ids as ONE sequence: the n ids that all begin with stand once, owned by -1, then the rest of row b, owned
+    by b. No padding, and a prompt of thousands of tokens is read once -> ids, positions, owners, each (T,)."""
+    ids = rows[0][:n] + [i for row in rows for i in row[n:]]
+    positions = [*range(n)] + [p for row in rows for p in range(n, len(row))]
+    owners = [-1] * n + [b for b, row in enumerate(rows) for _ in row[n:]]
+    return torch.tensor(ids), torch.tensor(positions), torch.tensor(owners)
+
+
+def sees(model, owners, first=0):
+    """The mask of tokens first, first + 1, ...: each sees the shared beginning and its own row, up to itself."""
+    see = ((owners == -1) | (owners == owners[first:, None])).tril(first)                   # (T - first, T)
+    return torch.where(see, 0.0, torch.finfo(model.dtype).min).to(model.device, model.dtype)[None, None]
+
+
+@torch.no_grad()
+def answer(model, rows, learned, limit, pack_tokens=4096):
+    """The model's own greedy answers to rows of ids, each up to an end of turn or limit tokens -> lists of ids, and the
+    hidden states (T, d) they were chosen from. What all rows begin with, the prompt, is read once for all packs."""
+    def read(ids, positions, cache, mask=None):
+        """More tokens (T,) after those in the cache, whose keys and values join it -> last hidden states (T, d)."""
+        embeds = embed(model, ids[None].to(model.device), learned)
+        return body(None, mask, positions[None].to(model.device), cache, embeds).last_hidden_state[0]
+
+    body, weight, stop = model.get_decoder(), model.get_output_embeddings().weight, model.generation_config.eos_token_id
+    n, prompt, answers, hidden = shared_length(rows), transformers.DynamicCache(), {}, {}
+    if n:
+        read(torch.tensor(rows[0][:n]), torch.arange(n), prompt)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    size = max(1, pack_tokens // (max(map(len, rows)) - n + limit))         # attention costs the square of a pack
+    for part in tqdm([order[i:i + size] for i in range(0, len(order), size)], desc="answers", leave=False):
+        ids, positions, owners = pack([rows[i] for i in part], n)
+        end, cache, said, states = torch.tensor([len(rows[i]) for i in part]), copy.deepcopy(prompt), [], []
+        h = read(ids[n:], positions[n:], cache, sees(model, owners, n))[(end - n).cumsum(0) - 1]        # (B, d)
+        while True:
+            states.append(h)
+            said.append((h @ weight.T).argmax(-1).cpu())                                                # (B,)
+            ended = torch.isin(torch.stack(said, 1), torch.tensor(stop))                                # (B, t)
+            if len(said) == limit or ended.any(1).all():
+                break
+            owners = torch.cat([owners, torch.arange(len(part))])
+            h = read(said[-1], end + len(said) - 1, cache, sees(model, owners, len(owners) - len(part)))
+        for i, row, h, e in zip(part, torch.stack(said, 1).tolist(), torch.stack(states, 1).cpu(), ended):
+            length = int(e.int().argmax()) + 1 if e.any() else len(row)
+            answers[i], hidden[i] = row[:length], h[:length].clone()
+    return [answers[i] for i in range(len(rows))], [hidden[i] for i in range(len(rows))]
+# --- end shared -------------------------------------------------------------------------------
+
+
+# --- shared: answer_hidden --------------------------------------------------------------------
+def answer_hidden(model, rows, answers, learned):
+    """The last hidden states that predict the tokens of the answers, row after row -> (sum of T, d)."""
+    full = [row + a[:-1] for row, a in zip(rows, answers)]
+    n = shared_length(rows)                                 # of the rows: two rows may be given the same answer
+    ids, positions, owners = pack(full, n)
+    ends = n + torch.tensor([len(f) - n for f in full]).cumsum(0)
+    at = torch.cat([torch.arange(e - len(a), e) for e, a in zip(ends, answers)])
+    out = model.get_decoder()(inputs_embeds=embed(model, ids[None].to(model.device), learned), use_cache=False,
+                              position_ids=positions[None].to(model.device), attention_mask=sees(model, owners))
+    return out.last_hidden_state[0, at]
+# --- end shared -------------------------------------------------------------------------------
+
+
+# --- shared: read_queries ---------------------------------------------------------------------
+def read_queries(path):
+    """One query a line: a text; in a .jsonl or .ndjson an object with a question, query or instruction (and its input),
+    or with messages, the last one the user's -> chats, lists of messages, each once."""
+    suffix, chats = Path(path).suffix.lower(), {}
+    try:
+        lines = beside(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as e:
+        fail(f"{path}: expected queries in UTF-8, one a line: {e}; the model itself asks some: python queries.py")
+    for n, line in enumerate(map(str.strip, lines), 1):
+        turns = [{"role": "user", "content": line}]
+        try:
+            if line and (suffix != ".txt" or re.match(r'[\[{]\s*([\[{"]|$)', line)):         # JSON, whatever its name
+                row = json.loads(line)
+                texts = [row[key] for key in ("question", "query", "instruction") if key in row][:1]
+                texts += [row.get("input") or ""]
+                turns = row.get("messages") or [{"role": "user", "content": "\n\n".join(texts)}]
+            turns = [{"role": m["role"], "content": m["content"].strip()} for m in turns]
+            good = turns[-1]["role"] == "user" and {m["role"] for m in turns} <= {"user", "assistant"}
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            good = False
+        if not good or line and not turns[-1]["content"]:
+            fail(f"{path}, line {n}: expected a text, or in a .jsonl a row with a question, query, instruction or "
+                 f"messages that end with the user's; found {line[:60]!r}")
+        if line:
+            chats[json.dumps(turns)] = turns
+    return list(chats.values())
+# --- end shared -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure(model, rows, answers, target, learned):
+    """The model reads rows[i] and answers[i]; target[i] (T, d) is the teacher's last hidden states -> (2, Q): of each
+    query KL at tau 1, in nats, and how often top-1 is the same, both summed over the tokens of its answer."""
+    weight, scores = model.get_output_embeddings().weight, []                               # (V, d)
+    for i in range(0, len(rows), 8):
+        part = target[i:i + 8]
+        hidden = answer_hidden(model, rows[i:i + 8], answers[i:i + 8], learned)             # (sum of T, d)
+        for s, t in zip(hidden.split([len(t) for t in part]), part):        # one by one, as (T, V) may be 100 MB
+            logp, logq = (F.log_softmax((h.to(weight) @ weight.T).float(), -1) for h in (s, t))
+            kl = F.kl_div(logp, logq, reduction="sum", log_target=True)
+            scores.append([max(0.0, kl.item()), (logp.argmax(-1) == logq.argmax(-1)).sum().item()])
+    return torch.tensor(scores).T
+
+
+def main():
+    args = settings()
+    sys.stdout.reconfigure(errors="replace")                # a query may hold letters that this terminal lacks
+    artifact = load(args.be, "be", "python stage2_kd.py --prompt PROMPT")
+    config, layout, messages = artifact["config"], artifact["layout"], artifact["messages"]
+    args.model = args.model or artifact["model"]["name"]
+    args.answer_tokens = args.answer_tokens or config.get("answer_tokens", 32)              # stage 1 has no answers
+    args.out = str(Path(args.out or beside(args.be).with_suffix(".kl.json")).with_suffix(".json"))
+    prompt = config["prompt"] if isinstance(config["prompt"], str) else config["prompt"][0]
+    args.queries = args.queries or re.sub(r"\.(txt|json|md)$", "", prompt) + ".test.txt"
+    if not beside(args.queries).exists():
+        fail(f"expected test queries in {args.queries}, found no such file; name another with --queries")
+    asked = read_queries(args.queries)
+    chats = [chat for chat in asked if chat not in artifact.get("trained_on", [])]
+    print(f"{args.queries}: {len(chats)} test queries; {len(asked) - len(chats)} left out, on which [BE] was trained")
+    if not chats:
+        fail(f"--queries {args.queries}: expected queries that [BE] was not trained on, found none; give others")
+    try:                                                    # the place is tried before the work, not after it
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        open(f"{args.out}.tmp", "w").close()
+    except OSError as e:
+        fail(f"--out {args.out}: cannot be written: {e}; give another --out")
+    model, tokenizer = load_frozen(args.model, args.device)
+    load(args.be, "be", "python stage2_kd.py --prompt PROMPT", model)
+
+    # what is fed: the prompt or, in its place, [BE]; nothing; the noise that a [BE] begins as; the prompt's beginning
+    table, k = model.get_input_embeddings().weight.float(), len(artifact["vector"])
+    noise = torch.randn(k, table.shape[1], generator=torch.Generator().manual_seed(1)).to(table)
+    learned = torch.cat([artifact["vector"].to(table), table.mean(0) + table.std(0) * noise])           # (2k, d)
+    slots = {"[BE]": [-1 - i for i in range(k)], "no prompt": [], "random vector": [-1 - i for i in range(k, 2 * k)],
+             "prompt cut to k tokens": text_ids(tokenizer, messages[0]["content"])[:k]}
+    fed = {"full prompt": [chat_ids(tokenizer, messages + chat) for chat in chats]}
+    fed |= {name: [layout_ids(tokenizer, layout, slot, chat) for chat in chats] for name, slot in slots.items()}
+    fed["default system prompt"] = [chat_ids(tokenizer, chat) for chat in chats]
+
+    # the teacher answers; whatever stands in the prompt's place, the model then reads these answers
+    answers, target = answer(model, fed["full prompt"], learned, args.answer_tokens)
+    scores = {name: measure(model, rows, answers, target, learned) for name, rows in tqdm(fed.items(), leave=False)}
+    n, tokens, (none, _) = len(chats), sum(map(len, answers)), scores["no prompt"]
+    draws = torch.randint(n, (args.draws, n), generator=torch.Generator().manual_seed(0))
+    print(f"\n{n} test queries, {tokens} answer tokens, k = {k}; KL in nats a token, 95% interval over queries\n")
+    print(f"{'':24s}{'KL':>8s}{'top-1':>8s}{'gap closed':>12s}{'95%':>18s}{'tokens fed':>12s}")
+    controls = {}
+    for name, (kl, same) in scores.items():
+        gaps = 1 - kl[draws].sum(1) / none[draws].sum(1)                                                # (draws,)
+        low, high = (gaps.quantile(q).item() for q in (0.025, 0.975))
+        controls[name] = row = {
+            "kl": kl.sum().item() / tokens, "top1": same.sum().item() / tokens,
+            "gap_closed": 1 - (kl.sum() / none.sum()).item(), "gap_closed_95": [low, high] if n > 1 else None,
+            "tokens": sum(map(len, fed[name])) / n, "kl_by_query": kl.tolist()}
+        interval = f"{low:.3f} to {high:.3f}" if n > 1 else "-"
+        print("{:24s}{kl:8.4f}{top1:8.1%}{gap_closed:12.3f}{:>18s}{tokens:12.0f}".format(name, interval, **row))
+
+    found = {"settings": vars(args), "n": n, "answer_tokens": tokens, "queries": chats, "controls": controls}
+    Path(f"{args.out}.tmp").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    os.replace(f"{args.out}.tmp", args.out)
+    if args.plot:
+        from matplotlib.figure import Figure
+        axes, history = Figure().subplots(), artifact["history"]
+        for name in dict.fromkeys(key for row in history for key in row if key != "step"):
+            axes.plot(*zip(*[(row["step"], row[name]) for row in history if name in row]), ".-", label=name, lw=1, ms=3)
+        axes.set(xlabel="step", ylabel="nats a token", yscale="log")            # losses fall by factors
+        axes.legend()
+        axes.figure.savefig(Path(args.out).with_suffix(".png"))
+    ask = ["python", "infer.py", "--be", args.be, "--compare", "--query", chats[0][-1]["content"]]
+    print(f"\nwrote {args.out}\nnext: {shlex.join(ask)}")
+
+
+if __name__ == "__main__":
+    main()

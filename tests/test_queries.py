@@ -1,0 +1,94 @@
+"""Queries: the files that stage 2 reads, and queries.py, which has the model ask them."""
+import json
+
+import pytest
+import torch
+
+from conftest import build_tokenizer, main, script
+
+kd, queries = script("stage2_kd"), script("queries")
+
+
+def user(*texts):
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+@pytest.mark.parametrize("name, content, expected", [
+    ("q.txt", "\ufeffWhy?\n\n  How? \r\nWhy?\n", user("Why?", "How?")),
+    ("q.txt", "[Sighs] Why?\n{name}, how?\n[1] Who?\n", user("[Sighs] Why?", "{name}, how?", "[1] Who?")),
+    ("q.jsonl", '{"question": "Why?", "answer": "x"}\n\n{"query": " How? "}\n', user("Why?", "How?")),
+    ("q.txt", '{"question": "Why?"}\n', user("Why?")),
+    ("Q.NDJSON", '{"instruction": "Translate.", "input": "Aye."}\n{"instruction": "Why?", "input": ""}\n',
+     user("Translate.\n\nAye.", "Why?")),
+    ("q.JSONL", '{"question": "a\\u2028b?"}\n{"question": "日本？"}\n', user("a\u2028b?", "日本？")),
+    ("q.jsonl", json.dumps({"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Aye."},
+                                         {"role": "user", "content": " Why? "}]}),
+     [[{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Aye."}, *user("Why?")[0]]]),
+    ("q.txt", "a\u2028b?\n\x85c?\n", user("a\u2028b?", "c?")),
+])
+def test_a_row_of_queries_is_a_chat(name, content, expected, tmp_path):
+    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+    assert kd.read_queries(str(tmp_path / name)) == expected
+
+
+@pytest.mark.parametrize("name, broken", [
+    *[("q.jsonl", row) for row in (
+        '{"query": "Ho', '{"query": 7}', '{"query": null}', '{"query": ["a"]}', "[]", "7", "null", '"query"', "{}",
+        "Why?", '{"answer": "a"}', '{"query": "a"} {"query": "b"}', '{"question": {"a": "b"}}', '{"query": "  "}',
+        '{"query": "a", "input": 3}', '{"messages": []}', '{"messages": [{"role": "user"}]}', '{"messages": "Why?"}',
+        '{"messages": [{"role": "assistant", "content": "Aye."}]}',
+        '{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}')],
+    ("q.txt", '["Why?", "How?"]'), ("q.txt", '[{"question": "Why?"}]'), ("q.txt", "[\n"), ("q.csv", "id,question"),
+    ("q.json", "Why?")])
+def test_a_row_that_is_not_understood_is_named_and_never_trained_on(name, broken, tmp_path, capsys):
+    good = "Why?" if name == "q.txt" else '{"query": "Why?"}'
+    (tmp_path / name).write_text(f"{good}\n\n{broken}\n{good}\n")
+    with pytest.raises(SystemExit) as e:
+        kd.read_queries(str(tmp_path / name))
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and f"{name}, line 3" in err and err.count("\n") == 1 and len(err) < 500
+
+
+# --- what a model's lists look like
+
+@pytest.mark.parametrize("line, expected", [
+    ("1. What is your ship's name?", "What is your ship's name?"), ("2) How old are you?", "How old are you?"),
+    ("(3) Who are you?", "Who are you?"), ("- Why is it cold?", "Why is it cold?"), ("* **Why is it cold?**",
+     "Why is it cold?"), ("**4.** Where is it?", "Where is it?"), ("Q5: When is it?", "When is it?"),
+    ('"Where did you learn to sail?"', "Where did you learn to sail?"), ("“Where is she?”", "Where is she?"),
+    ("6. 「港はどこですか？」", "港はどこですか？"), ("7．船の名前は何ですか？", "船の名前は何ですか？"),
+    ("1、你叫什么名字？", "你叫什么名字？"),
+    ("- ما اسمك يا صديقي؟", "ما اسمك يا صديقي؟"), ("• ¿Cómo te llamas?", "¿Cómo te llamas?"),
+    ("8. «Où est le port ?»", "Où est le port ?"), ("Πού είναι το λιμάνι;", "Πού είναι το λιμάνι;"),
+    ("What is 2 * 3 * 4?", "What is 2 * 3 * 4?"), ("3.5 or 4, which is more?", "3.5 or 4, which is more?"),
+    ("2024 was good, was it?", "2024 was good, was it?"), ("What do you mean?!", "What do you mean?!"),
+    ("I cannot say.", ""), ("Here are ten questions:", ""), ("?", ""), ("", ""), ("1.", ""), ("Fine; it is", ""),
+    ('{"question": "Why is it so?"', ""), ("What is \ufffd?", ""), ("Why? " * 99 + "Why?", "")])
+def test_a_line_of_a_models_list_becomes_its_question(line, expected):
+    assert queries.clean(line) == expected
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("Here they are:\n1. What is your ship's name?\n2. How old are you?\n3. what is your SHIP'S name?\nNo.",
+     ["What is your ship's name?", "How old are you?"]),
+    ("I cannot say.", [])])
+def test_the_file_is_what_the_model_asked_each_question_once(text, expected, work, monkeypatch):
+    tokenizer, asked = build_tokenizer("smol"), []
+    monkeypatch.setattr(tokenizer, "model_max_length", tokenizer.model_max_length)
+
+    class Model:
+        device = "cpu"
+
+        def generate(self, ids, **settings):
+            asked.append(tokenizer.decode(ids[0]))
+            said = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+            return torch.cat([ids, said], 1).repeat(2, 1)
+    monkeypatch.setattr(queries, "load_frozen", lambda *a: (Model(), tokenizer))
+    r = main("queries", "--prompt", "p.txt", "--count", 3, "--out", "new.txt")
+    assert len(asked) > 1 and all("You are the old captain." in text for text in asked)
+    if expected:
+        assert r.code == 0 and (work / "new.txt").read_text() == "".join(f"{q}\n" for q in expected), r.err
+        assert expected[0] in r.out and "--queries new.txt" in r.out and "read it" in r.out
+        assert kd.read_queries("new.txt") == user(*expected)
+    else:
+        assert r.code == 2 and r.err.count("\n") == 1 and "new.txt" in r.err and not (work / "new.txt").exists()

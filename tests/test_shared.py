@@ -1,0 +1,58 @@
+"""The house: a paragraph that scripts share is the same in each, none imports another, and none is over its size."""
+import ast, re
+from collections import defaultdict
+
+import pytest
+
+from conftest import ROOT, script
+
+BLOCK = re.compile(r"^# --- shared: ([\w ,-]+?) -+\n(.*?)^# --- end shared -+\n", re.S | re.M)
+LINES = {"stage0_ae": 260, "stage1_recon": 240, "stage2_kd": 410, "queries": 130, "infer": 230, "eval_kl": 280,
+         "eval_gsm8k": 320, "eval_rolellm": 320, "export": 300, "bench": 350}
+SCRIPTS = {path.stem: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.py"))}
+PYTHON = [p for p in ROOT.rglob("*.py") if not {"results", "tests"} & {*p.relative_to(ROOT).parts[:1]}
+          and not any(part.startswith(".") for part in p.relative_to(ROOT).parts)]
+
+
+def test_every_copy_of_a_shared_block_is_the_same():
+    copies = defaultdict(dict)
+    for name, source in SCRIPTS.items():
+        assert source.count("# --- shared: ") == source.count("# --- end shared") == len(BLOCK.findall(source)), name
+        for block, body in BLOCK.findall(source):
+            assert name not in copies[block], f"{name} has the block {block} twice"
+            copies[block][name] = body
+    assert {"load_frozen", "embed", "chat_ids", "artifact", "pack"} <= set(copies)
+    for block, bodies in copies.items():
+        assert len(set(bodies.values())) == 1, f"the shared block {block} differs between {', '.join(bodies)}"
+
+
+def test_no_script_imports_another():
+    for name, source in SCRIPTS.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                imported = {alias.name for alias in node.names} | {getattr(node, "module", None) or ""}
+                assert not {i.split(".")[0] for i in imported} & (SCRIPTS.keys() | {"tests", "results"}), name
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_script_is_no_larger_than_its_idea(name):
+    assert SCRIPTS[name].count("\n") <= LINES[name]
+
+
+def test_the_house_is_no_larger_than_it_should_be():
+    assert SCRIPTS.keys() == LINES.keys()
+    assert sum(path.read_text(encoding="utf-8").count("\n") for path in PYTHON) <= 3100
+    for path in [*PYTHON, *ROOT.glob("tests/**/*.py"), *ROOT.glob("results/*.py")]:
+        wide = [n for n, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1) if len(line) > 120]
+        assert not wide, f"{path}: wider than 120 columns: lines {wide}"
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_help_is_the_docstring_and_every_default(name, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as e:
+        script(name).main()
+    out = capsys.readouterr().out
+    assert e.value.code == 0 and script(name).__doc__.strip().splitlines()[0] in out
+    options = re.findall(r'^    add\("(--[\w-]+)"', SCRIPTS[name], re.M)
+    assert len(options) > 3 and all(option in out for option in options) and "(default: " in out
