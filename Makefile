@@ -40,6 +40,7 @@ test-slow: .venv/installed $(MODEL)
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m slow tests
 
 test-serving: $(VLLM)/installed .venv/installed $(MODEL)
+	$(BIN)/python -m pip install --disable-pip-version-check -q "transformers[serving]" -c constraints.txt
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m serving tests/serving
 
 .venv/installed: requirements.txt constraints.txt

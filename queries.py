@@ -84,12 +84,15 @@ def main():
     if max(map(len, rows)) + 200 > model.config.max_position_embeddings:
         fail(f"--prompt {args.prompt}: {max(map(len, rows))} tokens, and 200 of an answer, are more than the context")
 
+    ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
+    ends = sorted({*ends} - {None})                             # folders disagree on what ends a turn: all of them do
     torch.manual_seed(args.seed)
     found, bar = {}, tqdm(total=args.count, desc="queries")
     for i in range(10 + args.count // 10):                      # a model that asks little comes to an end, too
         ids = torch.tensor([rows[i % len(rows)]], device=device)                                    # (1, T)
         said = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=200, num_return_sequences=8,
-                              do_sample=True, temperature=0.9, top_p=0.95, top_k=0)[:, ids.shape[1]:]
+                              do_sample=True, temperature=0.9, top_p=0.95, top_k=0, eos_token_id=ends,
+                              pad_token_id=ends[0])[:, ids.shape[1]:]
         for query in map(clean, "\n".join(tokenizer.batch_decode(said, skip_special_tokens=True)).splitlines()):
             found.setdefault(query.casefold(), query)
         found.pop("", None)

@@ -181,8 +181,7 @@ def save(path, **artifact):
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         torch.save(artifact, f"{path}.tmp")
-        if artifact:
-            os.replace(f"{path}.tmp", path)
+        os.replace(f"{path}.tmp", path) if artifact else os.remove(f"{path}.tmp")
     except (OSError, RuntimeError) as e:                    # torch tells of a full disk by the second
         fail(f"{path}: cannot be written: {e}; what was there before is whole; mend that, or give another --out")
 # --- end shared -------------------------------------------------------------------------------
@@ -265,6 +264,8 @@ def main():
     first, best, history = 0, {"loss": math.inf, "right": 0.0, "vector": noise.cpu()}, []
     if args.resume:
         saved = load(args.out, "ae", f"python stage0_ae.py --model {args.model}", model)
+        if "run" not in saved:
+            fail(f"--resume: {args.out} holds no run to go on with; run without --resume to start anew")
         first, best, history = saved["run"]["step"], saved["run"]["best"], saved["history"]
         ae.data.copy_(saved["run"]["ae"])
         optimizer.load_state_dict(saved["run"]["optimizer"])

@@ -216,8 +216,7 @@ def save(path, **artifact):
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         torch.save(artifact, f"{path}.tmp")
-        if artifact:
-            os.replace(f"{path}.tmp", path)
+        os.replace(f"{path}.tmp", path) if artifact else os.remove(f"{path}.tmp")
     except (OSError, RuntimeError) as e:                    # torch tells of a full disk by the second
         fail(f"{path}: cannot be written: {e}; what was there before is whole; mend that, or give another --out")
 # --- end shared -------------------------------------------------------------------------------
@@ -430,7 +429,7 @@ def main():
     first, best, history = 0, {"kl": held_out_kl(rows, be), "vector": start}, []
     if args.resume:
         saved = load(args.out, "be", f"{sys.argv[0]}, without --resume", model)
-        if saved["stage"] != "kd" or saved["messages"] != messages:
+        if saved["stage"] != "kd" or saved["messages"] != messages or "run" not in saved:
             fail(f"--resume: {args.out} is not stage 2 of {args.prompt}; run without --resume to start anew")
         first, best, history = saved["run"]["step"], saved["run"]["best"], saved["history"]
         be.data.copy_(saved["run"]["be"])

@@ -152,7 +152,8 @@ def in_batches(model, rows, limit, share):
     """greedy over batches of like length -> answers. share: the prompt is read once, and its cache repeated."""
     stop, n, answers, prompt = model.generation_config.eos_token_id, shared_length(rows), {}, None
     if share:
-        prompt = model.get_decoder()(torch.tensor([rows[0][:n]], device=model.device), use_cache=True).past_key_values
+        prompt = transformers.DynamicCache()
+        model.get_decoder()(torch.tensor([rows[0][:n]], device=model.device), None, None, prompt)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     size = max(1, min(32, 16000 // (len(rows[order[-1]]) + limit)))         # 16,000 tokens of cache: 740 MB on SmolLM2
     for part in tqdm([order[i:i + size] for i in range(0, len(order), size)], desc="in batches", leave=False):

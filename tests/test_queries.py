@@ -3,8 +3,9 @@ import json
 
 import pytest
 import torch
+import transformers
 
-from conftest import build_tokenizer, main, script
+from conftest import TINY, build_tokenizer, main, script
 
 kd, queries = script("stage2_kd"), script("queries")
 
@@ -72,19 +73,15 @@ def test_a_line_of_a_models_list_becomes_its_question(line, expected):
     ("Here they are:\n1. What is your ship's name?\n2. How old are you?\n3. what is your SHIP'S name?\nNo.",
      ["What is your ship's name?", "How old are you?"]),
     ("I cannot say.", [])])
-def test_the_file_is_what_the_model_asked_each_question_once(text, expected, work, monkeypatch):
+def test_the_file_is_what_the_model_asked_each_question_once(text, expected, checkpoints, work, monkeypatch):
     tokenizer, asked = build_tokenizer("smol"), []
-    monkeypatch.setattr(tokenizer, "model_max_length", tokenizer.model_max_length)
 
-    class Model:
-        device = "cpu"
-
-        def generate(self, ids, **settings):
-            asked.append(tokenizer.decode(ids[0]))
-            said = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-            return torch.cat([ids, said], 1).repeat(2, 1)
-    monkeypatch.setattr(queries, "load_frozen", lambda *a: (Model(), tokenizer))
-    r = main("queries", "--prompt", "p.txt", "--count", 3, "--out", "new.txt")
+    def generate(model, ids, **settings):
+        asked.append(tokenizer.decode(ids[0]))
+        said = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        return torch.cat([ids, said], 1).repeat(2, 1)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "generate", generate)
+    r = main("queries", "--prompt", "p.txt", "--model", checkpoints["smol"], "--count", 3, "--out", "new.txt", *TINY)
     assert len(asked) > 1 and all("You are the old captain." in text for text in asked)
     if expected:
         assert r.code == 0 and (work / "new.txt").read_text() == "".join(f"{q}\n" for q in expected), r.err
