@@ -30,7 +30,7 @@ def settings():
     add("--draws", type=int, default=1000, help="bootstrap: how often the queries are drawn anew for an interval")
     add("--out", help="every number, as json; None is NAME.kl.json beside the artifact")
     add("--plot", action="store_true", help="draw the losses of its training, too: a .png beside --out")
-    add("--device", default="auto", help="cuda, mps or cpu")
+    add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="auto: the first that is there")
     return p.parse_args()
 
 
@@ -69,20 +69,21 @@ def load_frozen(name, device="auto"):
         split = chat_ids(tokenizer, chat)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+        model = model.to(device).requires_grad_(False).eval()
     except Exception as e:                                  # broken folders raise many types; each means the same
         fail(f"--model {name}: no Llama or Qwen chat model: {e}; the default one comes with: python models/prepare.py")
     ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
-    ends = sorted({*ends} - {None})                         # folders disagree on what ends a turn: all of them do
+    ends = sorted({*ends} - {None})                         # folders disagree on what ends a turn: each of these does
     if info["missing_keys"] or split != joint or not ends:
         fail(f"--model {name}: expected every weight, found {len(info['missing_keys'])} missing; an end of turn, found "
              f"{ends}; and a tokenizer that joins no word of template and message: {split == joint}; use another")
     flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
-    model.long_rows = "flash_attention_2" if flash else "sdpa"          # takes no mask, so a packed batch needs SDPA
+    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash takes no mask, and a pack needs one
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
     factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest counts it
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
-    return model.to(device).requires_grad_(False).eval(), tokenizer
+    return model, tokenizer
 # --- end shared -------------------------------------------------------------------------------
 
 
@@ -175,7 +176,8 @@ def shared_length(rows):
 
 def pack(rows, n):
     """Rows of ids as ONE sequence: the n ids that all begin with stand once, owned by -1, then the rest of row b, owned
-    by b. No padding, and a prompt of thousands of tokens is read once -> ids, positions, owners, each (T,)."""
+    by b. No padding, and a prompt of thousands of tokens is read once -> ids, positions, owners, each (T,).
+    [7 8 1 2], [7 8 3]:     ids 7 8 1 2 3     positions 0 1 2 3 2     owners -1 -1 0 0 1"""
     ids = rows[0][:n] + [i for row in rows for i in row[n:]]
     positions = [*range(n)] + [p for row in rows for p in range(n, len(row))]
     owners = [-1] * n + [b for b, row in enumerate(rows) for _ in row[n:]]
@@ -194,7 +196,7 @@ def answer(model, rows, learned, limit, pack_tokens=4096):
     hidden states (T, d) they were chosen from. What all rows begin with, the prompt, is read once for all packs."""
     def read(ids, positions, cache, mask=None):
         """More tokens (T,) after those in the cache, whose keys and values join it -> last hidden states (T, d)."""
-        embeds = embed(model, ids[None].to(model.device), learned)
+        embeds = embed(model, ids[None].to(model.device), learned)      # by place: the cache's keyword changes its name
         return body(None, mask, positions[None].to(model.device), cache, embeds).last_hidden_state[0]
 
     body, weight, stop = model.get_decoder(), model.get_output_embeddings().weight, model.generation_config.eos_token_id
@@ -211,7 +213,7 @@ def answer(model, rows, learned, limit, pack_tokens=4096):
             states.append(h)
             said.append((h @ weight.T).argmax(-1).cpu())                                                # (B,)
             ended = torch.isin(torch.stack(said, 1), torch.tensor(stop))                                # (B, t)
-            if len(said) == limit or ended.any(1).all():
+            if len(said) >= limit or ended.any(1).all():
                 break
             owners = torch.cat([owners, torch.arange(len(part))])
             h = read(said[-1], end + len(said) - 1, cache, sees(model, owners, len(owners) - len(part)))
@@ -295,7 +297,8 @@ def main():
         fail(f"expected test queries in {args.queries}, found no such file; name another with --queries")
     asked = read_queries(args.queries)
     chats = [chat for chat in asked if chat not in artifact.get("trained_on", [])]
-    print(f"{args.queries}: {len(chats)} test queries; {len(asked) - len(chats)} left out, on which [BE] was trained")
+    left_out = len(asked) - len(chats) if "trained_on" in artifact else "an unknown number"
+    print(f"{args.queries}: {len(chats)} test queries; {left_out} left out, on which [BE] was trained")
     if not chats:
         fail(f"--queries {args.queries}: expected queries that [BE] was not trained on, found none; give others")
     try:                                                    # the place is tried before the work, not after it

@@ -68,20 +68,21 @@ def load_frozen(name, device="auto"):
         split = chat_ids(tokenizer, chat)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+        model = model.to(device).requires_grad_(False).eval()
     except Exception as e:                                  # broken folders raise many types; each means the same
         fail(f"--model {name}: no Llama or Qwen chat model: {e}; the default one comes with: python models/prepare.py")
     ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
-    ends = sorted({*ends} - {None})                         # folders disagree on what ends a turn: all of them do
+    ends = sorted({*ends} - {None})                         # folders disagree on what ends a turn: each of these does
     if info["missing_keys"] or split != joint or not ends:
         fail(f"--model {name}: expected every weight, found {len(info['missing_keys'])} missing; an end of turn, found "
              f"{ends}; and a tokenizer that joins no word of template and message: {split == joint}; use another")
     flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
-    model.long_rows = "flash_attention_2" if flash else "sdpa"          # takes no mask, so a packed batch needs SDPA
+    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash takes no mask, and a pack needs one
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
     factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest counts it
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
-    return model.to(device).requires_grad_(False).eval(), tokenizer
+    return model, tokenizer
 # --- end shared -------------------------------------------------------------------------------
 
 

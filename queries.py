@@ -29,7 +29,7 @@ def settings():
     add("--out", help="the file of queries; None is NAME.queries.txt beside the prompt")
     add("--count", type=int, default=200, help="how many; 200 are a start, stage 2 holds some of them out")
     add("--seed", type=int, default=0, help="of the sampling")
-    add("--device", default="auto", help="cuda, mps or cpu")
+    add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="auto: the first that is there")
     return p.parse_args()
 
 

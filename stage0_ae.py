@@ -37,7 +37,7 @@ def settings():
     add("--held-out", type=int, default=64, help="texts that only choose the best vector")
     add("--eval-every", type=int, default=30, help="steps between two looks at the held-out texts, and two saves")
     add("--seed", type=int, default=0, help="of the start, the split and the order of texts")
-    add("--device", default="auto", help="cuda, mps or cpu")
+    add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="auto: the first that is there")
     return p.parse_args()
 
 
@@ -76,20 +76,21 @@ def load_frozen(name, device="auto"):
         split = chat_ids(tokenizer, chat)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+        model = model.to(device).requires_grad_(False).eval()
     except Exception as e:                                  # broken folders raise many types; each means the same
         fail(f"--model {name}: no Llama or Qwen chat model: {e}; the default one comes with: python models/prepare.py")
     ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
-    ends = sorted({*ends} - {None})                         # folders disagree on what ends a turn: all of them do
+    ends = sorted({*ends} - {None})                         # folders disagree on what ends a turn: each of these does
     if info["missing_keys"] or split != joint or not ends:
         fail(f"--model {name}: expected every weight, found {len(info['missing_keys'])} missing; an end of turn, found "
              f"{ends}; and a tokenizer that joins no word of template and message: {split == joint}; use another")
     flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
-    model.long_rows = "flash_attention_2" if flash else "sdpa"          # takes no mask, so a packed batch needs SDPA
+    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash takes no mask, and a pack needs one
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
     factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest counts it
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
-    return model.to(device).requires_grad_(False).eval(), tokenizer
+    return model, tokenizer
 # --- end shared -------------------------------------------------------------------------------
 
 
@@ -225,15 +226,17 @@ def main():
         fail(f"--data {args.data}: expected {args.held_out} texts to hold out and at least --batch {args.batch}, a "
              f"multiple of {world} processes, to train on; found {len(texts)} of 200 characters or more; make some "
              "with: python data/ae_corpus/prepare.py --offline")
-    save(args.out)
+    if rank == 0:
+        save(args.out)
     model, tokenizer = load_frozen(args.model, args.device)
     model.set_attn_implementation(model.long_rows)
     body, weight = model.get_decoder(), model.get_output_embeddings().weight                        # weight (V, d)
     table = model.get_input_embeddings().weight.float()
     mean, std, lr = table.mean(0), table.std(0), args.lr or 0.22 * table.std().item()   # [AE] lives among these rows
+    del table
 
     # X stands where a system message would, as [BE] will: at position 0 it would sit on the attention sink
-    slot, end = [-1], model.generation_config.eos_token_id[-1]
+    slot, end = [-1], model.generation_config.eos_token_id[-1]          # any end of turn would do
     words = chat_ids(tokenizer, [{"role": "system", "content": slot}, {"role": "user", "content": "?"}])
     words = words[:words.index(-1)]
     longest = min(args.max_tokens, (tokenizer.model_max_length - len(words)) // 2 - 1)              # X is there twice
@@ -264,8 +267,8 @@ def main():
     first, best, history = 0, {"loss": math.inf, "right": 0.0, "vector": noise.cpu()}, []
     if args.resume:
         saved = load(args.out, "ae", f"python stage0_ae.py --model {args.model}", model)
-        if "run" not in saved:
-            fail(f"--resume: {args.out} holds no run to go on with; run without --resume to start anew")
+        if saved["config"] | {"resume": True} != vars(args) or "run" not in saved:
+            fail(f"--resume: {args.out} holds no run of these settings; give the same ones, or leave --resume out")
         first, best, history = saved["run"]["step"], saved["run"]["best"], saved["history"]
         ae.data.copy_(saved["run"]["ae"])
         optimizer.load_state_dict(saved["run"]["optimizer"])
@@ -305,7 +308,7 @@ def main():
         loss, right = held_out_scores(fed, vector)
         print(f"{name:15s} {loss:.3f} nats a token, {right:.1%} of tokens right, n = {len(held)} held-out texts")
     if world > 1:
-        torch.distributed.barrier()                             # torchrun ends all as soon as one process leaves
+        torch.distributed.barrier()                             # rank 0 may still be saving
         torch.distributed.destroy_process_group()
     print(f"wrote {args.out}\nnext: python stage1_recon.py --model {args.model} --ae {args.out} --prompt PROMPT.txt")
 

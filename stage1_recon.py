@@ -35,7 +35,7 @@ def settings():
     add("--steps", type=int, default=60, help="at most; it stops when every token of P is right")
     add("--lr", type=float, help="peak; None is 0.22 standard deviations of the embedding table")
     add("--seed", type=int, default=0, help="of the start")
-    add("--device", default="auto", help="cuda, mps or cpu")
+    add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="auto: the first that is there")
     return p.parse_args()
 
 
@@ -74,20 +74,21 @@ def load_frozen(name, device="auto"):
         split = chat_ids(tokenizer, chat)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+        model = model.to(device).requires_grad_(False).eval()
     except Exception as e:                                  # broken folders raise many types; each means the same
         fail(f"--model {name}: no Llama or Qwen chat model: {e}; the default one comes with: python models/prepare.py")
     ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
-    ends = sorted({*ends} - {None})                         # folders disagree on what ends a turn: all of them do
+    ends = sorted({*ends} - {None})                         # folders disagree on what ends a turn: each of these does
     if info["missing_keys"] or split != joint or not ends:
         fail(f"--model {name}: expected every weight, found {len(info['missing_keys'])} missing; an end of turn, found "
              f"{ends}; and a tokenizer that joins no word of template and message: {split == joint}; use another")
     flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
-    model.long_rows = "flash_attention_2" if flash else "sdpa"          # takes no mask, so a packed batch needs SDPA
+    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash takes no mask, and a pack needs one
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
     factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest counts it
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
-    return model.to(device).requires_grad_(False).eval(), tokenizer
+    return model, tokenizer
 # --- end shared -------------------------------------------------------------------------------
 
 
@@ -220,7 +221,8 @@ def main():
     body, weight = model.get_decoder(), model.get_output_embeddings().weight                        # weight (V, d)
     table = model.get_input_embeddings().weight.float()
     mean, std, lr = table.mean(0), table.std(0), args.lr or 0.22 * table.std().item()   # [BE] lives among these rows
-    ae = table[:0].clone()
+    ae = table.new_zeros(0, len(mean))                      # (0, d): no trigger
+    del table
     if args.ae != "none":
         ae = load(args.ae, "ae", f"python stage0_ae.py --model {args.model}", model)["vector"].to(mean)     # (1, d)
 
@@ -236,11 +238,11 @@ def main():
     torch.manual_seed(args.seed)
     be = torch.nn.Parameter(mean + std * torch.randn(args.k, len(mean)).to(mean))                   # (k, d) fp32
     optimizer = torch.optim.AdamW([be], weight_decay=0)
-    first, best, history = 0, {"loss": math.inf}, []
+    first, best, history = 0, {"loss": math.inf, "right": 0, "vector": be.detach().cpu().clone()}, []
     if args.resume:
         saved = load(args.out, "be", f"python stage1_recon.py --prompt {args.prompt}", model)
-        if saved["stage"] != "recon" or saved["messages"] != messages or "run" not in saved:
-            fail(f"--resume: {args.out} is not stage 1 of {args.prompt}; run without --resume to start anew")
+        if saved["messages"] != messages or saved["config"] | {"resume": True} != vars(args) or "run" not in saved:
+            fail(f"--resume: {args.out} holds no run of these settings; give the same ones, or leave --resume out")
         first, best, history = saved["run"]["step"], saved["run"]["best"], saved["history"]
         be.data.copy_(saved["run"]["be"])
         optimizer.load_state_dict(saved["run"]["optimizer"])

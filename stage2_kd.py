@@ -10,7 +10,7 @@ The teacher answers each query once, before training; of every answer token its 
     python stage2_kd.py --prompt prompts/pirate.txt                  # out/recon.pt, pirate.queries.txt -> out/be.pt
     python stage2_kd.py --prompt p.txt --queries q.jsonl             # rows with a question, query or messages
     python stage2_kd.py --prompt p.txt --init noise --k 4 --lam 1   # distillation alone, four vectors, no stage 1
-    python stage2_kd.py --prompt p.txt --resume                      # go on from the last save of a killed run
+    python stage2_kd.py --prompt p.txt --resume                      # the same command again: a killed run goes on
     torchrun --nproc_per_node=8 stage2_kd.py --prompt p.txt --batch 64      # a share of each batch to a GPU
 
 Expect   prompts/pirate.txt, two CPU cores: EXPECT
@@ -34,8 +34,8 @@ def settings():
     add("--init", default="out/recon.pt", help="stage 1's artifact; or noise, with --k and --layout as they say")
     add("--out", default="out/be.pt", help="the artifact")
     add("--resume", action="store_true", help="go on from --out")
-    add("--k", type=int, default=1, help="vectors to learn from noise")
-    add("--layout", default="chat", choices=["chat", "block"], help="from noise: what [BE] takes the place of")
+    add("--k", type=int, default=1, help="vectors to learn; only with --init noise")
+    add("--layout", default="chat", choices=["chat", "block"], help="[BE]'s place; only with --init noise")
     add("--lam", type=float, default=0.9, help="lambda, the weight of L_KD; at 1 there is no L_recon")
     add("--tau", type=float, default=2.0, help="temperature of L_KD")
     add("--recon-every", type=int, default=4, help="L_recon every so many steps, as much heavier: it costs a prompt")
@@ -46,7 +46,7 @@ def settings():
     add("--held-out", type=float, default=0.15, help="share of the queries that only choose the best vector")
     add("--eval-every", type=int, default=50, help="steps between two looks at the held-out queries, and two saves")
     add("--seed", type=int, default=0, help="of the start, the split and the order of queries")
-    add("--device", default="auto", help="cuda, mps or cpu")
+    add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="auto: the first that is there")
     return p.parse_args()
 
 
@@ -85,20 +85,21 @@ def load_frozen(name, device="auto"):
         split = chat_ids(tokenizer, chat)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+        model = model.to(device).requires_grad_(False).eval()
     except Exception as e:                                  # broken folders raise many types; each means the same
         fail(f"--model {name}: no Llama or Qwen chat model: {e}; the default one comes with: python models/prepare.py")
     ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
-    ends = sorted({*ends} - {None})                         # folders disagree on what ends a turn: all of them do
+    ends = sorted({*ends} - {None})                         # folders disagree on what ends a turn: each of these does
     if info["missing_keys"] or split != joint or not ends:
         fail(f"--model {name}: expected every weight, found {len(info['missing_keys'])} missing; an end of turn, found "
              f"{ends}; and a tokenizer that joins no word of template and message: {split == joint}; use another")
     flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
-    model.long_rows = "flash_attention_2" if flash else "sdpa"          # takes no mask, so a packed batch needs SDPA
+    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash takes no mask, and a pack needs one
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
     factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest counts it
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
-    return model.to(device).requires_grad_(False).eval(), tokenizer
+    return model, tokenizer
 # --- end shared -------------------------------------------------------------------------------
 
 
@@ -230,7 +231,8 @@ def shared_length(rows):
 
 def pack(rows, n):
     """Rows of ids as ONE sequence: the n ids that all begin with stand once, owned by -1, then the rest of row b, owned
-    by b. No padding, and a prompt of thousands of tokens is read once -> ids, positions, owners, each (T,)."""
+    by b. No padding, and a prompt of thousands of tokens is read once -> ids, positions, owners, each (T,).
+    [7 8 1 2], [7 8 3]:     ids 7 8 1 2 3     positions 0 1 2 3 2     owners -1 -1 0 0 1"""
     ids = rows[0][:n] + [i for row in rows for i in row[n:]]
     positions = [*range(n)] + [p for row in rows for p in range(n, len(row))]
     owners = [-1] * n + [b for b, row in enumerate(rows) for _ in row[n:]]
@@ -249,7 +251,7 @@ def answer(model, rows, learned, limit, pack_tokens=4096):
     hidden states (T, d) they were chosen from. What all rows begin with, the prompt, is read once for all packs."""
     def read(ids, positions, cache, mask=None):
         """More tokens (T,) after those in the cache, whose keys and values join it -> last hidden states (T, d)."""
-        embeds = embed(model, ids[None].to(model.device), learned)
+        embeds = embed(model, ids[None].to(model.device), learned)      # by place: the cache's keyword changes its name
         return body(None, mask, positions[None].to(model.device), cache, embeds).last_hidden_state[0]
 
     body, weight, stop = model.get_decoder(), model.get_output_embeddings().weight, model.generation_config.eos_token_id
@@ -266,7 +268,7 @@ def answer(model, rows, learned, limit, pack_tokens=4096):
             states.append(h)
             said.append((h @ weight.T).argmax(-1).cpu())                                                # (B,)
             ended = torch.isin(torch.stack(said, 1), torch.tensor(stop))                                # (B, t)
-            if len(said) == limit or ended.any(1).all():
+            if len(said) >= limit or ended.any(1).all():
                 break
             owners = torch.cat([owners, torch.arange(len(part))])
             h = read(said[-1], end + len(said) - 1, cache, sees(model, owners, len(owners) - len(part)))
@@ -346,9 +348,9 @@ class HeadKL(torch.autograd.Function):
     def forward(ctx, student, teacher, weight, tau):
         loss, grad = [], []
         for s, t in zip(student.split(128), teacher.split(128)):
-            logp, logq = (F.log_softmax((h @ weight.T).float() / tau, -1) for h in (s, t))                  # (c, V)
-            loss.append(tau ** 2 * F.kl_div(logp, logq, reduction="none", log_target=True).sum(-1))
-            grad.append(tau * (logp.exp() - logq.exp()).to(weight.dtype) @ weight)
+            log_s, log_t = (F.log_softmax((h @ weight.T).float() / tau, -1) for h in (s, t))                  # (c, V)
+            loss.append(tau ** 2 * F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1))
+            grad.append(tau * (log_s.exp() - log_t.exp()).to(weight.dtype) @ weight)
         ctx.save_for_backward(torch.cat(grad))
         return torch.cat(loss)
 
@@ -370,14 +372,15 @@ def main():
     if len(train) < args.batch or args.batch % world:
         fail(f"expected at least --batch {args.batch} queries to train on, a multiple of {world} processes; found "
              f"{len(train)} after {len(held)} held out; give more queries, or another --batch")
-    recon, maker = None, f"python stage1_recon.py --prompt {args.prompt} --model {args.model}"
+    stage1, maker = None, f"python stage1_recon.py --prompt {args.prompt} --model {args.model}"
     if args.init != "noise":
-        recon = load(args.init, "be", maker)
-        if recon["messages"] != messages:
+        stage1 = load(args.init, "be", maker)
+        if stage1["messages"] != messages:
             fail(f"--init {args.init}: it was made for another prompt; make one with: {maker}")
     elif args.lam < 1:
         fail("--init noise has no [AE] for L_recon: add --lam 1, or run stage 1 first")
-    save(args.out)
+    if rank == 0:
+        save(args.out)
     model, tokenizer = load_frozen(args.model, args.device)
     body, weight = model.get_decoder(), model.get_output_embeddings().weight                            # weight (V, d)
     table = model.get_input_embeddings().weight.float()
@@ -385,10 +388,10 @@ def main():
 
     # where [BE] starts: from stage 1, or from noise at the scale of the embedding table
     torch.manual_seed(args.seed)
-    start, layout, ae = mean + std * torch.randn(args.k, len(mean)).to(mean), args.layout, table[:0].clone()
-    if recon:
+    start, layout, ae = mean + std * torch.randn(args.k, len(mean)).to(mean), args.layout, table.new_zeros(0, len(mean))
+    if stage1:
         load(args.init, "be", maker, model)
-        start, layout, ae = recon["vector"].to(mean), recon["layout"], recon["ae"].to(mean)             # (k, d) fp32
+        start, layout, ae = stage1["vector"].to(mean), stage1["layout"], stage1["ae"].to(mean)            # (k, d) fp32
     del table
 
     # the data: what the teacher reads and answers, and what the student reads in its place
@@ -406,7 +409,7 @@ def main():
         save(teacher, answers=answers, hidden=hidden)
     if world > 1:
         torch.distributed.barrier()
-    answers, target = torch.load(teacher, mmap=True, weights_only=True).values()            # target: (T, d) for each
+    answers, taught = torch.load(teacher, mmap=True, weights_only=True).values()            # taught: (T, d) for each
 
     @torch.no_grad()
     def held_out_kl(fed, vector):
@@ -415,7 +418,7 @@ def main():
         for i in range(0, len(held), 8):
             part = held[i:i + 8]
             student = answer_hidden(model, [fed[j] for j in part], [answers[j] for j in part], vector)
-            total += HeadKL.apply(student, torch.cat([target[j] for j in part]).to(student), weight, 1.0).sum().item()
+            total += HeadKL.apply(student, torch.cat([taught[j] for j in part]).to(student), weight, 1.0).sum().item()
         return total / sum(len(answers[j]) for j in held)
 
     words = rows[0][:rows[0].index(-1)]                 # L_recon as in stage 1: ... [BE] [AE] s_1 ... s_m
@@ -429,8 +432,8 @@ def main():
     first, best, history = 0, {"kl": held_out_kl(rows, be), "vector": start}, []
     if args.resume:
         saved = load(args.out, "be", f"{sys.argv[0]}, without --resume", model)
-        if saved["stage"] != "kd" or saved["messages"] != messages or "run" not in saved:
-            fail(f"--resume: {args.out} is not stage 2 of {args.prompt}; run without --resume to start anew")
+        if saved["messages"] != messages or saved["config"] | {"resume": True} != vars(args) or "run" not in saved:
+            fail(f"--resume: {args.out} holds no run of these settings; give the same ones, or leave --resume out")
         first, best, history = saved["run"]["step"], saved["run"]["best"], saved["history"]
         be.data.copy_(saved["run"]["be"])
         optimizer.load_state_dict(saved["run"]["optimizer"])
@@ -441,14 +444,15 @@ def main():
         warm, cosine = min(1, (step + 1) / 10), 0.5 * (1 + math.cos(math.pi * step / args.steps))
         optimizer.param_groups[0]["lr"] = lr * warm * cosine
         optimizer.zero_grad()
-        epoch, at = divmod(step, len(train) // args.batch)      # the order depends on seed and step alone: a resumed
-        order = random.Random(f"{args.seed} {epoch}").sample(train, len(train))                 # run sees the same
+        # the order depends on seed and step alone: a resumed run sees the same
+        epoch, at = divmod(step, len(train) // args.batch)
+        order = random.Random(f"{args.seed} {epoch}").sample(train, len(train))
         batch = order[at * args.batch:][:args.batch]
         tokens = sum(len(answers[i]) for i in batch)
         batch = batch[rank::world]
         with autocast:                                          # [BE] and query in; out, what prompt and query give
             student = answer_hidden(model, [rows[i] for i in batch], [answers[i] for i in batch], be)   # (sum T, d)
-            teacher_h = torch.cat([target[i] for i in batch]).to(student)                               # (sum T, d)
+            teacher_h = torch.cat([taught[i] for i in batch]).to(student)                               # (sum T, d)
             kd = HeadKL.apply(student, teacher_h, weight, args.tau).sum() / tokens
         (args.lam * kd).backward()
         if rank == 0 and args.lam < 1 and step % args.recon_every == 0:
@@ -478,7 +482,7 @@ def main():
                  config=vars(args), history=history, trained_on=chats, run=run)
         bar.set_postfix(L_KD=f"{kd.item():.3f}", held_out_gap_closed=f"{1 - best['kl'] / none:.3f}")
     if world > 1:
-        torch.distributed.barrier()                             # torchrun ends all as soon as one process leaves
+        torch.distributed.barrier()                             # rank 0 may still be saving
         torch.distributed.destroy_process_group()
     print(f"{1 - best['kl'] / none:.3f} of the held-out gap closed: KL {best['kl']:.4f}, without prompt {none:.4f}, "
           f"n = {len(held)}, on which the vector was chosen")
