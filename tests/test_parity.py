@@ -155,6 +155,7 @@ def test_64_packed_answers_of_the_default_model_are_the_plain_greedy_ones():
         pytest.skip("in bf16 a tie may fall either way")
     messages = kd.read_prompt("prompts/pirate.txt")
     rows = [kd.chat_ids(tokenizer, messages + chat) for chat in kd.read_queries("prompts/pirate.queries.txt")[:64]]
+    torch.set_num_threads(2)
     answers, _ = kd.answer(model, rows, torch.zeros(1, 576), 32)
     body, stop, weight = model.get_decoder(), model.generation_config.eos_token_id, model.get_output_embeddings().weight
     n, prompt = kd.shared_length(rows), transformers.DynamicCache()
