@@ -7,7 +7,7 @@
     5  serving      time to first token, throughput, keys and values: [BE] against the full prompt
     6  evaluation   GSM8K questions after 8 worked ones: packed, against the prompt's cache repeated
 
-    python results/bench.py                                      # all, hours on two cores -> results/bench.json
+    python results/bench.py                                      # all, hours on two cores -> out/bench.json
     python results/bench.py --only 4 --prompt data/rolellm/Jack_Sparrow.txt --target 0.45
     python results/bench.py --only 2 5 --model Qwen/Qwen3-4B-Instruct-2507 --out bench-gpu.json
     python results/bench.py --quick --out /tmp/bench.json                   # does it run? its numbers mean nothing
@@ -52,7 +52,7 @@ def settings():
     add("--naive-lr", type=float, nargs="+", default=[0.01, 0.03, 0.1], help="of item 4: 40 steps of each choose one")
     add("--naive-minutes", type=float, default=20, help="of item 4: after so many the naive recipe gives up")
     add("--repeats", type=int, default=3, help="pairs of the other items; item 2 takes four times as many")
-    add("--out", default="results/bench.json", help="the figures")
+    add("--out", default="out/bench.json", help="the figures")
     add("--device", default="auto", help="cuda, mps or cpu")
     add("--quick", action="store_true", help="one small measurement of each, to see that it runs")
     p.set_defaults(count=64, limit=64, batch=16, length=128, problems="data/gsm8k/test.jsonl", new=16, tune=40)
