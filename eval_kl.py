@@ -7,7 +7,7 @@
     python eval_kl.py                                               # out/be.pt, NAME.test.txt beside its prompt
     python eval_kl.py --be out/be.pt --queries q.jsonl --plot       # other queries; its training's losses as a PNG
 
-Expect   prompts/pirate.txt, 40 test queries, two CPU cores: EXPECT
+Expect   prompts/pirate.txt, 40 test queries, two CPU cores: a minute, 0.63 of the gap closed.
 The full prompt's own row is 0.0000 in fp32 and about 0.001 in bf16: that much is rounding.
 """
 import argparse, copy, hashlib, json, os, re, shlex, sys, zipfile

@@ -7,7 +7,7 @@
     python infer.py                                             # a chat; /reset forgets it, ctrl-D ends it
     python infer.py --be artifacts/roles/Walt_Kowalski.pt --temperature 0.7 --seed 1
 
-EXPECT
+Expect   the demo's vector, 357 tokens of prompt, two CPU cores: the first token after 0.2 s, with the prompt 1 s.
 """
 import argparse, hashlib, sys, time, zipfile
 from pathlib import Path

@@ -6,7 +6,7 @@
     python queries.py --prompt p.txt                # -> p.queries.txt beside it: read it, mend it, then train on it
     python queries.py --prompt p.txt --count 400 --out more.txt
 
-There is no [BE] in this, so it is plain transformers. EXPECT
+There is no [BE] in this, so it is plain transformers. A small model asks poor questions: mend them.
 """
 import argparse, json, os, re, sys
 from pathlib import Path
