@@ -4,11 +4,11 @@ import json
 from conftest import ROOT, run
 
 
-def test_bench_measures_an_item_on_a_tiny_model(checkpoints, work):
-    (work / "q.txt").write_text("Is it late?\nWho sells bread?\nWhere is the reef?\nWhat is 18 - 7?\n")
+def test_bench_measures_a_tiny_model_and_every_way_gives_the_same_answers(checkpoints, work):
     run("results/bench", "--quick", "--only", 1, 2, "--model", checkpoints["smol"], "--out", "b.json", cwd=work)
-    rows = json.loads((work / "b.json").read_text())
-    assert rows["teacher"] and rows["step_speed"]
+    (answering, *_), (step, *_) = json.loads((work / "b.json").read_text()).values()
+    assert answering["questions"] == 3 and {*answering["identical"].values()} == {3}
+    assert step["stage 2"]["n"] == step["bare pass"]["n"] > 0
 
 
 def test_the_table_reads_what_eval_kl_wrote(work):
