@@ -46,8 +46,10 @@ def clean(line):
     text = re.sub(r"^([-–—*+•·●▪‣#>]+ )+", "", text)
     number = r"[(（[【]?((q|question|第|问题|質問) ?)?\d+ ?[題题]?[]).:：、．）】](?!\d)"
     text = re.sub(f"^({number}|q[:：])", "", text, flags=re.I).strip("*_, ")
-    text = re.sub(r"""^["'“”„‘’«»‹›「」『』](.*)["'“”‘’«»‹›「」『』]$""", r"\1", text).strip("*_ ")
-    asks = re.search(r"([?？؟⸮፧⁇⁈⁉‽\u037e]|[Ͱ-Ͽ];|か。)[!！]*$|՞", text)           # Armenian's stands in the word
+    quote = "[\"'“”„‘’«»‹›「」『』]"
+    text = re.sub(f"^{quote}(.*){quote}$", r"\1", text).strip("*_ ")
+    # the last one, Armenian's, stands in the word
+    asks = re.search(r"([?？؟⸮፧⁇⁈⁉‽\u037e]|[Ͱ-Ͽ];|か。)[!！]*$|՞", text)
     return text if asks and 4 <= len(text) <= 300 and text[0] not in "[{" and "\ufffd" not in text else ""
 
 
