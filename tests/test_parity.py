@@ -156,14 +156,14 @@ def test_64_packed_answers_of_the_default_model_are_the_plain_greedy_ones():
     messages = kd.read_prompt("prompts/pirate.txt")
     rows = [kd.chat_ids(tokenizer, messages + chat) for chat in kd.read_queries("prompts/pirate.queries.txt")[:64]]
     torch.set_num_threads(2)
-    answers, _ = kd.answer(model, rows, torch.zeros(1, 576), 32)
+    answers, _ = kd.answer(model, rows, torch.zeros(1, 576), 16)
     body, stop, weight = model.get_decoder(), model.generation_config.eos_token_id, model.get_output_embeddings().weight
     n, prompt = kd.shared_length(rows), transformers.DynamicCache()
     with torch.no_grad():
         body(torch.tensor([rows[0][:n]]), None, None, prompt)          # the prompt is read once; then row by row
         for row, answer in zip(rows, answers):
             said, fed, cache = [], row[n:], copy.deepcopy(prompt)
-            while len(said) < 32 and not (said and said[-1] in stop):
+            while len(said) < 16 and not (said and said[-1] in stop):
                 hidden = body(torch.tensor([fed]), None, None, cache).last_hidden_state[0, -1]
                 fed = [(hidden @ weight.T).argmax().item()]
                 said += fed
