@@ -5,7 +5,7 @@
     gap closed   1 - KL / KL(no prompt): 0 is no better than no prompt, 1 is as good as the prompt
 
     python eval_kl.py                                               # out/be.pt, NAME.test.txt beside its prompt
-    python eval_kl.py --be out/be.pt --queries q.jsonl --plot       # other queries; its training's losses as a PNG
+    python eval_kl.py --be out/be.pt --queries q.jsonl              # other queries
 
 Expect   prompts/pirate.txt, 40 test queries, two CPU cores: a minute, 0.63 of the gap closed.
 The full prompt's own row is 0.0000 in fp32 and about 0.001 in bf16: that much is rounding.
@@ -29,7 +29,6 @@ def settings():
     add("--answer-tokens", type=int, help="the teacher's answers are cut here; None is where training cut them")
     add("--draws", type=int, default=1000, help="bootstrap: how often the queries are drawn anew for an interval")
     add("--out", help="every number, as json; None is NAME.kl.json beside the artifact")
-    add("--plot", action="store_true", help="draw the losses of its training, too: a .png beside --out")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="auto: the first that is there")
     return p.parse_args()
 
@@ -49,41 +48,37 @@ def beside(path):
 def load_frozen(name, device="auto"):
     """The frozen chat model, bf16 where the hardware multiplies it, and its tokenizer. name: hub name or folder. Exits
     with one line unless it is a whole Llama, Qwen2 or Qwen3 chat model with full attention in every layer."""
-    transformers.utils.logging.disable_progress_bar()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     dtype = torch.bfloat16 if device == "cuda" or device == "cpu" and native else torch.float32
     local = name.startswith(("models/", ".", "/")) or Path(name).is_dir()           # else the hub is asked for it
-    source = beside(name) if local else name
-    chat = [{"role": role, "content": "Be kind."} for role in ("system", "user", "assistant", "user")]
+    chat = [{"role": role, "content": f"Be a {role}."} for role in ("system", "user", "assistant", "user")]
     try:
-        if local and not source.is_dir():
-            raise ValueError("there is no such folder")
+        source = beside(name).resolve(strict=True) if local else name
         config = transformers.AutoConfig.from_pretrained(source)
         kinds = {config.model_type, *(getattr(config, "layer_types", None) or [])}
         if kinds - {"llama", "qwen2", "qwen3", "full_attention"}:
             raise ValueError(f"expected llama, qwen2 or qwen3, full attention in every layer; found {sorted(kinds)}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         joint = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, **TEMPLATE)
-        split = chat_ids(tokenizer, chat)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
-        model = model.to(device).requires_grad_(False).eval()
+        ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
+        ends = sorted({*ends} - {None})                     # folders disagree on what ends a turn: each of these does
+        whole = chat_ids(tokenizer, chat) == joint          # no message is left out, moved, or joined to other words
+        if info["missing_keys"] or not ends or not whole:
+            raise ValueError(f"expected every weight, found {len(info['missing_keys'])} missing; an end of turn, found "
+                             f"{ends}; messages left as they are by template and tokenizer, found {whole}")
     except Exception as e:                                  # broken folders raise many types; each means the same
         fail(f"--model {name}: no Llama or Qwen chat model: {e}; the default one comes with: python models/prepare.py")
-    ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
-    ends = sorted({*ends} - {None})                         # folders disagree on what ends a turn: each of these does
-    if info["missing_keys"] or split != joint or not ends:
-        fail(f"--model {name}: expected every weight, found {len(info['missing_keys'])} missing; an end of turn, found "
-             f"{ends}; and a tokenizer that joins no word of template and message: {split == joint}; use another")
     flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
     model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash takes no mask, and a pack needs one
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
     factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest counts it
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
-    return model, tokenizer
+    return model.to(device).requires_grad_(False).eval(), tokenizer
 # --- end shared -------------------------------------------------------------------------------
 
 
@@ -109,15 +104,13 @@ def text_ids(tokenizer, text):
 
 def chat_ids(tokenizer, messages, generate=True):
     """A dialogue in the model's own template, up to where the assistant speaks. A content is text, or ids such as the
-    slot [-1]: the template is rendered with a mark for each and cut at the marks, so no content leaves its place."""
-    marks = [chr(0xE000 + i) for i in range(len(messages))]
-    turns = [{"role": m["role"], "content": mark} for m, mark in zip(messages, marks)]
-    text, ids = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, **TEMPLATE), []
-    for m, mark in zip(messages, marks):
-        before, _, text = text.partition(mark)
-        ids += tokenizer(before, add_special_tokens=False)["input_ids"]
-        ids += text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]
-    ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+    slot [-1]: the template is rendered with a mark in the place of each, and cut at the marks."""
+    turns = [m | {"content": "\ue000"} for m in messages]                            # a character that no template has
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, **TEMPLATE)
+    words = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("\ue000")]
+    ids = words[0]
+    for m, after in zip(messages, words[1:]):
+        ids = ids + (text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]) + after
     if len(ids) > tokenizer.model_max_length:
         fail(f"expected at most {tokenizer.model_max_length} tokens, the model's context, found {len(ids)}; shorten it")
     return ids
@@ -156,14 +149,13 @@ def fingerprint(model):
 def load(path, kind, maker, model=None):
     """A whole artifact of this kind, made for this model; else one line that names the command that makes it."""
     try:
-        if zipfile.ZipFile(beside(path)).testzip():         # the zip's own checksums
-            raise ValueError("a checksum in it is wrong")
+        broken = zipfile.ZipFile(beside(path)).testzip()    # the zip's own checksums
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
-        found, made_for = artifact["kind"], artifact["model"]
+        found, mark = artifact["kind"], artifact["model"]["fingerprint"]
+        if broken or found != kind or model and mark != fingerprint(model):
+            raise ValueError(f"{found} for {artifact['model']['name']}, broken: {broken}")
     except Exception as e:                                  # a damaged file raises many types; each means the same
-        fail(f"{path}: expected a whole artifact, found: {type(e).__name__}: {e}; make it with: {maker}")
-    if found != kind or model and made_for["fingerprint"] != fingerprint(model):
-        fail(f"{path}: expected {kind} for this model, found {found} for {made_for['name']}; make it with: {maker}")
+        fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
     return artifact
 # --- end shared -------------------------------------------------------------------------------
 
@@ -242,28 +234,24 @@ def answer_hidden(model, rows, answers, learned):
 def read_queries(path):
     """One query a line: a text; in a .jsonl or .ndjson an object with a question, query or instruction (and its input),
     or with messages, the last one the user's -> chats, lists of messages, each once."""
-    suffix, chats = Path(path).suffix.lower(), {}
+    where, chats = path, {}
     try:
-        lines = beside(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as e:
-        fail(f"{path}: expected queries in UTF-8, one a line: {e}; the model itself asks some: python queries.py")
-    for n, line in enumerate(map(str.strip, lines), 1):
-        turns = [{"role": "user", "content": line}]
-        try:
-            if line and (suffix != ".txt" or re.match(r'[\[{]\s*([\[{"]|$)', line)):         # JSON, whatever its name
-                row = json.loads(line)
-                texts = [row[key] for key in ("question", "query", "instruction") if key in row][:1]
-                texts += [row.get("input") or ""]
-                turns = row.get("messages") or [{"role": "user", "content": "\n\n".join(texts)}]
+        for number, line in enumerate(beside(path).read_text(encoding="utf-8-sig").split("\n"), 1):
+            where = f"{path}, line {number}, {line[:60]!r}"
+            row = {"query": line}
+            if Path(path).suffix.lower() != ".txt" or re.match(r'\s*[\[{]\s*([\[{"]|$)', line):       # by its content
+                row = json.loads(line) if line.strip() else {}
+            texts = [row[key] for key in ("question", "query", "instruction", "input") if row.get(key)]
+            turns = row.get("messages") or [{"role": "user", "content": "\n\n".join(texts)}]
             turns = [{"role": m["role"], "content": m["content"].strip()} for m in turns]
-            good = turns[-1]["role"] == "user" and {m["role"] for m in turns} <= {"user", "assistant"}
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            good = False
-        if not good or line and not turns[-1]["content"]:
-            fail(f"{path}, line {n}: expected a text, or in a .jsonl a row with a question, query, instruction or "
-                 f"messages that end with the user's; found {line[:60]!r}")
-        if line:
-            chats[json.dumps(turns)] = turns
+            roles = [m["role"] for m in turns]
+            good = roles[-1] == "user" and turns[-1]["content"] and {*roles} <= {"user", "assistant"}
+            if line.strip() and not good:
+                raise ValueError(f"turns of {roles}")
+            chats |= {json.dumps(turns): turns} if line.strip() else {}
+    except Exception as e:                                  # each of many types means the same
+        fail(f"{where}: expected a text in UTF-8, or in a .jsonl rows with a question, query, instruction or messages "
+             f"that end with the user's; found {type(e).__name__}: {e}; the model itself asks some: python queries.py")
     return list(chats.values())
 # --- end shared -------------------------------------------------------------------------------
 
@@ -291,10 +279,7 @@ def main():
     args.model = args.model or artifact["model"]["name"]
     args.answer_tokens = args.answer_tokens or config.get("answer_tokens", 32)              # stage 1 has no answers
     args.out = str(Path(args.out or beside(args.be).with_suffix(".kl.json")).with_suffix(".json"))
-    prompt = config["prompt"] if isinstance(config["prompt"], str) else config["prompt"][0]
-    args.queries = args.queries or re.sub(r"\.(txt|json|md)$", "", prompt) + ".test.txt"
-    if not beside(args.queries).exists():
-        fail(f"expected test queries in {args.queries}, found no such file; name another with --queries")
+    args.queries = args.queries or re.sub(r"\.(txt|json|md)$", "", config["prompt"]) + ".test.txt"
     asked = read_queries(args.queries)
     chats = [chat for chat in asked if chat not in artifact.get("trained_on", [])]
     left_out = len(asked) - len(chats) if "trained_on" in artifact else "an unknown number"
@@ -340,14 +325,6 @@ def main():
     found = {"settings": vars(args), "n": n, "answer_tokens": tokens, "queries": chats, "controls": controls}
     Path(f"{args.out}.tmp").write_text(json.dumps(found, indent=1), encoding="utf-8")
     os.replace(f"{args.out}.tmp", args.out)
-    if args.plot:
-        from matplotlib.figure import Figure
-        axes, history = Figure().subplots(), artifact["history"]
-        for name in dict.fromkeys(key for row in history for key in row if key != "step"):
-            axes.plot(*zip(*[(row["step"], row[name]) for row in history if name in row]), ".-", label=name, lw=1, ms=3)
-        axes.set(xlabel="step", ylabel="nats a token", yscale="log")            # losses fall by factors
-        axes.legend()
-        axes.figure.savefig(Path(args.out).with_suffix(".png"))
     ask = ["python", "infer.py", "--be", args.be, "--compare", "--query", chats[0][-1]["content"]]
     print(f"\nwrote {args.out}\nnext: {shlex.join(ask)}")
 

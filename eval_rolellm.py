@@ -3,14 +3,13 @@
     full   <sys> prompt </sys> <user> q </user> <assistant>      be, none: the same with [BE], or nothing, in its place
     ROUGE-L F against RoleBench's references, and against full's answers: _teacher        retention = be / full
     gap closed = 1 - KL(be) / KL(none), over the first 32 tokens of full's answers
-    win rate = (W + T / 2) / (W + T + L), of a judge who sees be's and full's answers in both orders; 0.5 is parity
 
     python data/rolellm/prepare.py              # once: RoleBench, and each role's prompt for stages 1 and 2
     python eval_rolellm.py                      # the six of artifacts/roles -> out/rolellm.md, out/rolellm.json
     python eval_rolellm.py --artifacts mine --roles "Jack Sparrow" Coriolanus       # mine/Jack_Sparrow.pt, ...
-    NANOBE_JUDGE_KEY=... python eval_rolellm.py --judge-url https://api.openai.com/v1 --judge-model gpt-4o
 
-Answers and verdicts are kept beside --out, each under a hash of all that decides it: a killed run goes on.
+Answers are kept beside --out, each under a hash of all that decides it: a killed run goes on. A judge's win rate over
+them: results/judge.py.
 """
 import argparse, copy, hashlib, json, os, re, sys, types, zipfile
 from pathlib import Path
@@ -21,17 +20,11 @@ import transformers
 from rouge_score.rouge_scorer import RougeScorer
 from tqdm import tqdm
 
-JUDGE = ("Two actors were given the same part and the same question. Decide who plays the part better.\n\n"
-         "The part: {role}. {description}\n\nThe question: {question}\n\n<A>\n{a}\n</A>\n\n<B>\n{b}\n</B>\n\n"
-         "The better answer sounds like this character, fits the character's personality and story, and answers the "
-         "question. Length and order count for nothing.\nReply A if the first is better, B if the second is better, "
-         "TIE if neither is. Reply with that alone: A, B or TIE.")
 # Thai, kana and Han put no blanks between words, so there a character is one. In English these are the words of
 # rouge-score's own tokenizer, which knows a to z and 0 to 9 alone
 ALONE = "\u0e00-\u0eff\u3041-\u30fa\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 WORD = re.compile(f"[{ALONE}]|[^\\W_{ALONE}]+")
-COLUMNS = ["full", "be", "none", "retention", "be_teacher", "none_teacher", "kl", "gap_closed", "win_rate"]
-COUNTS = ["W", "T", "L", "unparsable", "both_orders"]       # of pairs; unparsable: without two clear verdicts
+COLUMNS = ["full", "be", "none", "retention", "be_teacher", "none_teacher", "kl", "gap_closed"]
 
 
 def settings():
@@ -44,10 +37,7 @@ def settings():
     add("--num-questions", type=int, help="the first so many test questions of each role; None is all")
     add("--model", default="models/smollm2-135m", help="hub name or folder of a Llama or Qwen chat model")
     add("--max-new-tokens", type=int, default=256, help="an answer is cut here")
-    add("--judge-url", help="an OpenAI-compatible server, such as http://localhost:8000/v1; None is no win rate")
-    add("--judge-model", default="gpt-4o", help="the name that the judge's server knows it by")
-    add("--judge-options", type=json.loads, default='{"temperature": 0, "max_tokens": 16}', help="sent along, JSON")
-    add("--out", default="out/rolellm", help="the results: this with .md, .json, .answers.jsonl and .verdicts.jsonl")
+    add("--out", default="out/rolellm", help="the results: this with .md, .json and .answers.jsonl")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="auto: the first that is there")
     return p.parse_args()
 
@@ -67,41 +57,37 @@ def beside(path):
 def load_frozen(name, device="auto"):
     """The frozen chat model, bf16 where the hardware multiplies it, and its tokenizer. name: hub name or folder. Exits
     with one line unless it is a whole Llama, Qwen2 or Qwen3 chat model with full attention in every layer."""
-    transformers.utils.logging.disable_progress_bar()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     dtype = torch.bfloat16 if device == "cuda" or device == "cpu" and native else torch.float32
     local = name.startswith(("models/", ".", "/")) or Path(name).is_dir()           # else the hub is asked for it
-    source = beside(name) if local else name
-    chat = [{"role": role, "content": "Be kind."} for role in ("system", "user", "assistant", "user")]
+    chat = [{"role": role, "content": f"Be a {role}."} for role in ("system", "user", "assistant", "user")]
     try:
-        if local and not source.is_dir():
-            raise ValueError("there is no such folder")
+        source = beside(name).resolve(strict=True) if local else name
         config = transformers.AutoConfig.from_pretrained(source)
         kinds = {config.model_type, *(getattr(config, "layer_types", None) or [])}
         if kinds - {"llama", "qwen2", "qwen3", "full_attention"}:
             raise ValueError(f"expected llama, qwen2 or qwen3, full attention in every layer; found {sorted(kinds)}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         joint = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, **TEMPLATE)
-        split = chat_ids(tokenizer, chat)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
-        model = model.to(device).requires_grad_(False).eval()
+        ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
+        ends = sorted({*ends} - {None})                     # folders disagree on what ends a turn: each of these does
+        whole = chat_ids(tokenizer, chat) == joint          # no message is left out, moved, or joined to other words
+        if info["missing_keys"] or not ends or not whole:
+            raise ValueError(f"expected every weight, found {len(info['missing_keys'])} missing; an end of turn, found "
+                             f"{ends}; messages left as they are by template and tokenizer, found {whole}")
     except Exception as e:                                  # broken folders raise many types; each means the same
         fail(f"--model {name}: no Llama or Qwen chat model: {e}; the default one comes with: python models/prepare.py")
-    ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
-    ends = sorted({*ends} - {None})                         # folders disagree on what ends a turn: each of these does
-    if info["missing_keys"] or split != joint or not ends:
-        fail(f"--model {name}: expected every weight, found {len(info['missing_keys'])} missing; an end of turn, found "
-             f"{ends}; and a tokenizer that joins no word of template and message: {split == joint}; use another")
     flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
     model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash takes no mask, and a pack needs one
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
     factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest counts it
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
-    return model, tokenizer
+    return model.to(device).requires_grad_(False).eval(), tokenizer
 # --- end shared -------------------------------------------------------------------------------
 
 
@@ -127,15 +113,13 @@ def text_ids(tokenizer, text):
 
 def chat_ids(tokenizer, messages, generate=True):
     """A dialogue in the model's own template, up to where the assistant speaks. A content is text, or ids such as the
-    slot [-1]: the template is rendered with a mark for each and cut at the marks, so no content leaves its place."""
-    marks = [chr(0xE000 + i) for i in range(len(messages))]
-    turns = [{"role": m["role"], "content": mark} for m, mark in zip(messages, marks)]
-    text, ids = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, **TEMPLATE), []
-    for m, mark in zip(messages, marks):
-        before, _, text = text.partition(mark)
-        ids += tokenizer(before, add_special_tokens=False)["input_ids"]
-        ids += text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]
-    ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+    slot [-1]: the template is rendered with a mark in the place of each, and cut at the marks."""
+    turns = [m | {"content": "\ue000"} for m in messages]                            # a character that no template has
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, **TEMPLATE)
+    words = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("\ue000")]
+    ids = words[0]
+    for m, after in zip(messages, words[1:]):
+        ids = ids + (text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]) + after
     if len(ids) > tokenizer.model_max_length:
         fail(f"expected at most {tokenizer.model_max_length} tokens, the model's context, found {len(ids)}; shorten it")
     return ids
@@ -174,14 +158,13 @@ def fingerprint(model):
 def load(path, kind, maker, model=None):
     """A whole artifact of this kind, made for this model; else one line that names the command that makes it."""
     try:
-        if zipfile.ZipFile(beside(path)).testzip():         # the zip's own checksums
-            raise ValueError("a checksum in it is wrong")
+        broken = zipfile.ZipFile(beside(path)).testzip()    # the zip's own checksums
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
-        found, made_for = artifact["kind"], artifact["model"]
+        found, mark = artifact["kind"], artifact["model"]["fingerprint"]
+        if broken or found != kind or model and mark != fingerprint(model):
+            raise ValueError(f"{found} for {artifact['model']['name']}, broken: {broken}")
     except Exception as e:                                  # a damaged file raises many types; each means the same
-        fail(f"{path}: expected a whole artifact, found: {type(e).__name__}: {e}; make it with: {maker}")
-    if found != kind or model and made_for["fingerprint"] != fingerprint(model):
-        fail(f"{path}: expected {kind} for this model, found {found} for {made_for['name']}; make it with: {maker}")
+        fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
     return artifact
 # --- end shared -------------------------------------------------------------------------------
 
@@ -298,33 +281,6 @@ def keep(rows, file, **row):
     print(json.dumps(row), file=file, flush=True)
 
 
-def judged(args, role, description, triples):
-    """Counts of (question, [BE]'s answer, the full prompt's). A judge leans to one side, so it sees each pair in both
-    orders: A twice is a vote for each, a tie; a vote beside a TIE decides; equal answers are a tie, unasked."""
-    import openai
-    client = openai.OpenAI(base_url=args.judge_url, api_key=os.environ.get("NANOBE_JUDGE_KEY", "-"), max_retries=8)
-    (verdicts, file), counts = kept(f"{args.out}.verdicts.jsonl"), dict.fromkeys(COUNTS, 0)
-    for question, be, full in tqdm(triples, desc=f"judge, {role}", leave=False):
-        votes = []
-        for sign, a, b in [(1, be, full), (-1, full, be)] if be != full else []:
-            ask = JUDGE.format(role=role, description=description, question=question, a=a, b=b)
-            body = {"model": args.judge_model, "messages": [{"role": "user", "content": ask}], **args.judge_options}
-            key = hashlib.sha256(json.dumps([body]).encode()).hexdigest()
-            if key not in verdicts:
-                try:
-                    reply = client.chat.completions.create(**body).choices[0].message.content or ""
-                except Exception as e:                      # servers fail in many ways; each means the same
-                    fail(f"--judge-url {args.judge_url}: {e}; what is there is kept: the same command goes on from it")
-                keep(verdicts, file, key=key, judge=args.judge_model, reply=reply)
-            word = re.sub(r"(?s)^.*</think>|[\W_]", "", verdicts[key]["reply"]).upper()
-            votes.append({"A": sign, "B": -sign, "TIE": 0}.get(word))
-        total = None if None in votes else sum(votes)
-        counts["unparsable" if total is None else "W" if total > 0 else "L" if total < 0 else "T"] += 1
-        counts["both_orders"] += total in (2, -2)
-    read = counts["W"] + counts["T"] + counts["L"]
-    return counts | {"win_rate": (counts["W"] + counts["T"] / 2) / read if read else None}
-
-
 def interval(top, bottom):
     """95% bootstrap interval, over roles, of sum(top) / sum(bottom); None for one role."""
     top, bottom = torch.tensor([top, bottom], dtype=torch.float64)
@@ -345,7 +301,7 @@ def main():
     scorer = RougeScorer(["rougeL"], tokenizer=types.SimpleNamespace(tokenize=lambda text: WORD.findall(text.lower())))
 
     table = []
-    for role, (_, description, questions) in roles.items():
+    for role, (_, _, questions) in roles.items():
         be, chats = artifacts[role], [[{"role": "user", "content": question}] for question in questions]
         vector, slot = be["vector"].to(model.device), [-1 - i for i in range(len(be["vector"]))]        # (k, d)
         fed = {"full": [chat_ids(tokenizer, be["messages"] + chat) for chat in chats],
@@ -387,8 +343,6 @@ def main():
         r["kl"] = earlier[0]["kl"] if earlier else kl["be"] / sum(map(len, first))
         r["gap_closed"] = earlier[0]["gap_closed"] if earlier else 1 - kl["be"] / kl["none"]
 
-        if args.judge_url:
-            r |= judged(args, role, " ".join(description.split()), [*zip(questions, texts["be"], texts["full"])])
         table.append(r)
 
     # means over roles; retention's is the ratio of two means
@@ -402,9 +356,7 @@ def main():
     last = {"role": f"mean of {len(table)}", "n": sum(r["n"] for r in table)}
     for key, m in means.items():
         last[key] = f"{m['mean']:.3f}" + (" ({:.3f} to {:.3f})".format(*m["interval_95"]) if m["interval_95"] else "")
-    if args.judge_url:
-        last |= {key: sum(r[key] for r in table) for key in COUNTS}
-    heads = ["role", "n", *COLUMNS] + COUNTS * bool(args.judge_url)
+    heads = ["role", "n", *COLUMNS]
     cells = [["-" if r.get(h) is None else f"{r[h]:.3f}" if type(r[h]) is float else str(r[h]) for h in heads]
              for r in [*table, last]]
     text = "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *cells])

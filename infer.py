@@ -3,11 +3,11 @@
     fed     <sys> [BE] </sys> <user> q </user> <assistant>      (paper, inference; [AE] is needed in training alone)
 
     python infer.py --query "How do I cook rice?"               # out/be.pt answers
-    python infer.py --query "How do I cook rice?" --compare     # full prompt, [BE] and no prompt, each with its speed
-    python infer.py                                             # a chat; /reset forgets it, ctrl-D ends it
+    python infer.py --query "How do I cook rice?" --compare     # full prompt, [BE] and no prompt, each with its time
+    python infer.py                                             # a chat; ctrl-D ends it
     python infer.py --be artifacts/roles/Walt_Kowalski.pt --temperature 0.7 --seed 1
 
-Expect   the demo's vector, 357 tokens of prompt, two CPU cores: the first token after 0.2 s, with the prompt 1 s.
+The loop that says one token after the other is transformers' own: it takes embeddings as it takes ids.
 """
 import argparse, hashlib, sys, time, zipfile
 from pathlib import Path
@@ -47,41 +47,37 @@ def beside(path):
 def load_frozen(name, device="auto"):
     """The frozen chat model, bf16 where the hardware multiplies it, and its tokenizer. name: hub name or folder. Exits
     with one line unless it is a whole Llama, Qwen2 or Qwen3 chat model with full attention in every layer."""
-    transformers.utils.logging.disable_progress_bar()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     dtype = torch.bfloat16 if device == "cuda" or device == "cpu" and native else torch.float32
     local = name.startswith(("models/", ".", "/")) or Path(name).is_dir()           # else the hub is asked for it
-    source = beside(name) if local else name
-    chat = [{"role": role, "content": "Be kind."} for role in ("system", "user", "assistant", "user")]
+    chat = [{"role": role, "content": f"Be a {role}."} for role in ("system", "user", "assistant", "user")]
     try:
-        if local and not source.is_dir():
-            raise ValueError("there is no such folder")
+        source = beside(name).resolve(strict=True) if local else name
         config = transformers.AutoConfig.from_pretrained(source)
         kinds = {config.model_type, *(getattr(config, "layer_types", None) or [])}
         if kinds - {"llama", "qwen2", "qwen3", "full_attention"}:
             raise ValueError(f"expected llama, qwen2 or qwen3, full attention in every layer; found {sorted(kinds)}")
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         joint = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, **TEMPLATE)
-        split = chat_ids(tokenizer, chat)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
-        model = model.to(device).requires_grad_(False).eval()
+        ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
+        ends = sorted({*ends} - {None})                     # folders disagree on what ends a turn: each of these does
+        whole = chat_ids(tokenizer, chat) == joint          # no message is left out, moved, or joined to other words
+        if info["missing_keys"] or not ends or not whole:
+            raise ValueError(f"expected every weight, found {len(info['missing_keys'])} missing; an end of turn, found "
+                             f"{ends}; messages left as they are by template and tokenizer, found {whole}")
     except Exception as e:                                  # broken folders raise many types; each means the same
         fail(f"--model {name}: no Llama or Qwen chat model: {e}; the default one comes with: python models/prepare.py")
-    ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
-    ends = sorted({*ends} - {None})                         # folders disagree on what ends a turn: each of these does
-    if info["missing_keys"] or split != joint or not ends:
-        fail(f"--model {name}: expected every weight, found {len(info['missing_keys'])} missing; an end of turn, found "
-             f"{ends}; and a tokenizer that joins no word of template and message: {split == joint}; use another")
     flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
     model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash takes no mask, and a pack needs one
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
     factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest counts it
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
-    return model, tokenizer
+    return model.to(device).requires_grad_(False).eval(), tokenizer
 # --- end shared -------------------------------------------------------------------------------
 
 
@@ -107,15 +103,13 @@ def text_ids(tokenizer, text):
 
 def chat_ids(tokenizer, messages, generate=True):
     """A dialogue in the model's own template, up to where the assistant speaks. A content is text, or ids such as the
-    slot [-1]: the template is rendered with a mark for each and cut at the marks, so no content leaves its place."""
-    marks = [chr(0xE000 + i) for i in range(len(messages))]
-    turns = [{"role": m["role"], "content": mark} for m, mark in zip(messages, marks)]
-    text, ids = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, **TEMPLATE), []
-    for m, mark in zip(messages, marks):
-        before, _, text = text.partition(mark)
-        ids += tokenizer(before, add_special_tokens=False)["input_ids"]
-        ids += text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]
-    ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+    slot [-1]: the template is rendered with a mark in the place of each, and cut at the marks."""
+    turns = [m | {"content": "\ue000"} for m in messages]                            # a character that no template has
+    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, **TEMPLATE)
+    words = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("\ue000")]
+    ids = words[0]
+    for m, after in zip(messages, words[1:]):
+        ids = ids + (text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]) + after
     if len(ids) > tokenizer.model_max_length:
         fail(f"expected at most {tokenizer.model_max_length} tokens, the model's context, found {len(ids)}; shorten it")
     return ids
@@ -154,45 +148,15 @@ def fingerprint(model):
 def load(path, kind, maker, model=None):
     """A whole artifact of this kind, made for this model; else one line that names the command that makes it."""
     try:
-        if zipfile.ZipFile(beside(path)).testzip():         # the zip's own checksums
-            raise ValueError("a checksum in it is wrong")
+        broken = zipfile.ZipFile(beside(path)).testzip()    # the zip's own checksums
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
-        found, made_for = artifact["kind"], artifact["model"]
+        found, mark = artifact["kind"], artifact["model"]["fingerprint"]
+        if broken or found != kind or model and mark != fingerprint(model):
+            raise ValueError(f"{found} for {artifact['model']['name']}, broken: {broken}")
     except Exception as e:                                  # a damaged file raises many types; each means the same
-        fail(f"{path}: expected a whole artifact, found: {type(e).__name__}: {e}; make it with: {maker}")
-    if found != kind or model and made_for["fingerprint"] != fingerprint(model):
-        fail(f"{path}: expected {kind} for this model, found {found} for {made_for['name']}; make it with: {maker}")
+        fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
     return artifact
 # --- end shared -------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def speak(model, ids, learned, limit, temperature=0.0):
-    """Yield the answer to one row of ids, token by token, without the id that ends the turn."""
-    body, weight, cache = model.get_decoder(), model.get_output_embeddings().weight, transformers.DynamicCache()
-    for _ in range(limit):
-        embeds = embed(model, torch.tensor([ids], device=model.device), learned)                    # (1, T, d)
-        hidden = body(None, None, None, cache, embeds).last_hidden_state[0, -1]                     # (d,)
-        z = (hidden @ weight.T).float()                                                             # (V,)
-        token = torch.multinomial(F.softmax(z / temperature, -1), 1) if temperature > 0 else z.argmax()
-        if token.item() in model.generation_config.eos_token_id:
-            return
-        yield token.item()
-        ids = [token.item()]                                # all before it is in the cache
-
-
-def stream(tokenizer, tokens):
-    """Print an answer as it comes, in whole characters: one may take several tokens -> its text, and when each came."""
-    said, times, text, new = [], [time.perf_counter()], "", ""
-    for token in tokens:
-        times.append(time.perf_counter())
-        said.append(token)
-        new = tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if not new.endswith("\ufffd"):                      # it stands for a character that is not whole yet
-            print(new[len(text):], end="", flush=True)
-            text = new
-    print(new[len(text):])
-    return new, times
 
 
 def main():
@@ -206,17 +170,19 @@ def main():
     model.set_attn_implementation(model.long_rows)
     be, layout = artifact["vector"].to(model.device), artifact["layout"]                            # (k, d) fp32
     slot = [-1 - i for i in range(len(be))]
-    room = tokenizer.model_max_length - args.max_new_tokens
-    tokenizer.model_max_length = sys.maxsize                # a row too long is told of below: a chat goes on after it
 
-    if not args.query:
-        print("/reset forgets the chat, ctrl-D ends it")
+    # these alone: a folder's own generation config may bring a repetition penalty, and training had none
+    ends = model.generation_config.eos_token_id
+    sample = {"do_sample": True, "temperature": args.temperature, "top_k": 0} if args.temperature > 0 else {}
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=ends, pad_token_id=ends[0], max_new_tokens=args.max_new_tokens, **sample)
+    tokenizer.model_max_length -= args.max_new_tokens       # so that chat_ids leaves room for the answer
+    streamer = transformers.TextStreamer(tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
     chat = []
     for query in args.query or iter(lambda: input("\nyou> "), None):
         query = query.encode(errors="replace").decode().strip()
-        if args.query or query == "/reset":
-            chat = []
-        if query in ("", "/reset"):
+        if not query:
             continue
 
         # what is fed: all that was said in the chat, anew at each turn
@@ -225,32 +191,23 @@ def main():
         if args.compare:
             rows = {"full prompt": chat_ids(tokenizer, artifact["messages"] + turns), **rows,
                     "no prompt": layout_ids(tokenizer, layout, [], turns)}
-        longest = max(map(len, rows.values()))
-        if longest > room:
-            told = fail if args.query else print
-            told(f"expected at most {room} tokens, the context less --max-new-tokens, found {longest}; "
-                 "shorten the question, or /reset the chat")
-            continue
         if not chat:
             ids, at = rows["[BE]"], rows["[BE]"].index(-1)
             shown = tokenizer.decode(ids[:at]) + "[BE]" * len(be) + tokenizer.decode(ids[at + len(be):])
             print(shown.replace("\n", "\\n"))
             print(f"[BE] stands for {artifact['tokens']} tokens; {len(ids)} are in context\n")
 
-        answers = {}
         for name, ids in rows.items():
             if args.compare:
-                list(speak(model, ids, be, 2))              # the first pass of a length is slow; it is not compared
                 print(f"--- {name}")
             torch.manual_seed(args.seed)
-            said = speak(model, ids, be, args.max_new_tokens, args.temperature)
-            answers[name], times = stream(tokenizer, said)
-            speed = f"{len(ids)} tokens fed, {len(times) - 1} answered"
-            if len(times) > 2:
-                speed += (f"; first after {1000 * (times[1] - times[0]):.0f} ms, "
-                          f"then {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens a second")
-            print(f"    [{speed}]\n")
-        chat = turns + [{"role": "assistant", "content": answers["[BE]"]}]
+            began = time.perf_counter()
+            embeds = embed(model, torch.tensor([ids], device=model.device), be)                     # (1, T, d)
+            said = model.generate(inputs_embeds=embeds, streamer=streamer)[0]                       # (tokens,)
+            print(f"    [{len(ids)} tokens fed, {len(said)} answered in {time.perf_counter() - began:.1f} s]\n")
+            if name == "[BE]" and not args.query:           # each --query stands on its own; a chat goes on
+                answer = tokenizer.decode(said, skip_special_tokens=True)
+                chat = turns + [{"role": "assistant", "content": answer}]
 
 
 if __name__ == "__main__":
