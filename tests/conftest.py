@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import tokenizers
 import torch
+import torch.nn.functional as F
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,29 +130,40 @@ def script(name):
     return module
 
 
-def main(name, *args, cwd="."):
-    """A script's command line, in this process -> code, out, err."""
+def caught(f, *args, **settings):
+    """A call that may end the process -> code, out, err."""
     code, out, err = 0, *(io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in "oe")
-    with pytest.MonkeyPatch.context() as m, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        m.chdir(cwd)
-        m.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            if name.endswith("prepare"):                    # these have no main()
-                runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
-            else:
-                script(name).main()
+            f(*args, **settings)
         except SystemExit as e:
             code = e.code or 0
     out, err = (stream.buffer.getvalue().decode() for stream in (out, err))
     return SimpleNamespace(code=code, out=out, err=err)
 
 
-def run(name, *args, cwd, ok=True, launcher=()):
+def main(name, *args, cwd="."):
+    """A script's command line, in this process -> code, out, err."""
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(cwd)
+        m.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
+        if name.endswith("prepare"):                        # these have no main()
+            return caught(runpy.run_path, str(ROOT / f"{name}.py"), run_name="__main__")
+        return caught(script(name).main)
+
+
+def refused(r, *words):
+    """A user's mistake: exit code 2, and one short line with these words in it."""
+    assert r.code == 2 and r.err.count("\n") == 1 and len(r.err) < 1000, r.err
+    assert all(word in r.err for word in words), r.err
+
+
+def run(name, *args, cwd, launcher=()):
     """The real command line, in a process of its own: for what only that can show. It takes five seconds to start."""
     r = subprocess.run([sys.executable, *launcher, ROOT / f"{name}.py", *map(str, args)], cwd=cwd, capture_output=True,
                        text=True, timeout=300)
-    assert not ok or r.returncode == 0, r.stderr
-    return r
+    assert r.returncode == 0, r.stderr
+    return r.stdout
 
 
 def opened(path):
@@ -166,11 +178,24 @@ def plain_logits(model, ids, learned):
 
 
 def plain_greedy(model, row, learned, limit, stop=None):
-    """The reference for every answer: the whole row again for each token, up to and with an end of turn."""
+    """The whole row again for each token of the answer, up to and with an end of turn."""
     said, stop = [], model.generation_config.eos_token_id if stop is None else stop
     while len(said) < limit and not (said and said[-1] in stop):
         said.append(plain_logits(model, row + said, learned)[-1].argmax().item())
     return said
+
+
+def plain_measure(model, full, fed, learned, limit):
+    """The model answers each row of full, then reads the answers behind each row of fed -> KL in nats a token, top-1."""
+    kl, same, tokens = 0.0, 0, 0
+    for row, other in zip(full, fed):
+        said = plain_greedy(model, row, learned, limit)
+        logits = [plain_logits(model, ids + said, learned)[-len(said) - 1:-1] for ids in (row, other)]
+        teacher, student = (F.log_softmax(z, -1) for z in logits)
+        kl += F.kl_div(student, teacher, log_target=True, reduction="sum").item()
+        same += (student.argmax(-1) == teacher.argmax(-1)).sum().item()
+        tokens += len(said)
+    return kl / tokens, same / tokens
 
 
 def load_tiny(checkpoints, kind):
@@ -208,20 +233,22 @@ def work(tmp_path, monkeypatch):
     return tmp_path / "work"
 
 
-@pytest.fixture(scope="session")
-def vectors(smol, checkpoints, tmp_path_factory):
-    """A folder with ae.pt, recon.pt, be.pt (k 1, chat) and block.pt (k 2, block) for smol, their vectors noise."""
-    folder, kd, g = tmp_path_factory.mktemp("vectors"), script("stage2_kd"), torch.Generator().manual_seed(0)
-    table = smol[0].get_input_embeddings().weight
+def artifact(model, k=1, seed=0, **changes):
+    """What a stage saves: k vectors and [AE], noise around the rows of the embedding table."""
+    table, g = model.get_input_embeddings().weight, torch.Generator().manual_seed(seed)
+    vectors = table.mean(0) + 3 * table.std(0) * torch.randn(k + 1, 64, generator=g)
+    return {"kind": "be", "stage": "kd", "vector": vectors[:k], "ae": vectors[k:], "layout": "chat", "tokens": 40,
+            "messages": [{"role": "system", "content": PROMPT}], "config": {"prompt": "p.txt"}, "metrics": {"n": 3},
+            "model": {"name": model.name_or_path, "fingerprint": script("infer").fingerprint(model)}, "history": [],
+            **changes}
 
-    def noise(k):
-        return table.mean(0) + 3 * table.std(0) * torch.randn(k, 64, generator=g)
-    common = {"model": {"name": str(checkpoints["smol"]), "fingerprint": kd.fingerprint(smol[0])}, "config": {},
-              "metrics": {}, "history": []}
-    be = {"kind": "be", "layout": "chat", "messages": [{"role": "system", "content": PROMPT}], "tokens": 40,
-          "ae": noise(1), **common}
-    kd.save(folder / "ae.pt", kind="ae", vector=be["ae"], **common)
-    kd.save(folder / "recon.pt", stage="recon", vector=noise(1), **be)
-    kd.save(folder / "be.pt", stage="kd", vector=noise(1), **be | {"config": {"prompt": "p.txt"}})
-    kd.save(folder / "block.pt", stage="kd", vector=noise(2), **be | {"layout": "block"})
+
+@pytest.fixture(scope="session")
+def vectors(smol, tmp_path_factory):
+    """A folder with ae.pt, recon.pt and be.pt (k 1, chat) and block.pt (k 2, block) for smol."""
+    folder = tmp_path_factory.mktemp("vectors")
+    torch.save(artifact(smol[0], seed=1, kind="ae"), folder / "ae.pt")
+    torch.save(artifact(smol[0], seed=2, stage="recon"), folder / "recon.pt")
+    torch.save(artifact(smol[0], seed=3), folder / "be.pt")
+    torch.save(artifact(smol[0], k=2, layout="block"), folder / "block.pt")
     return folder
