@@ -4,9 +4,8 @@ import json, shutil
 import pytest
 import safetensors.torch
 import torch
-import transformers
 
-from conftest import CHATML, ROOT, SENTENCES, TINY, build_checkpoint, main, opened, script
+from conftest import CHATML, ROOT, SENTENCES, TINY, build_checkpoint, main, opened, refused, script
 
 PROMPT, NOISE = ["--prompt", "p.txt"], ["--prompt", "p.txt", "--init", "noise", "--lam", "1"]
 
@@ -21,13 +20,10 @@ def edit(name, **changes):
     return damage
 
 
-def without(*starts):
-    def damage(folder):
-        weights = safetensors.torch.load_file(folder / "model.safetensors")
-        kept = {name: w for name, w in weights.items() if not name.startswith(starts)}
-        assert len(kept) < len(weights)
-        safetensors.torch.save_file(kept, folder / "model.safetensors", {"format": "pt"})
-    return damage
+def no_output_table(folder):
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
 def pointer(folder):
@@ -40,53 +36,32 @@ def template(text):
     return lambda folder: (folder / "chat_template.jinja").write_text(text)
 
 
-def named_templates(folder):
-    """Several templates by name, and none by default."""
-    (folder / "chat_template.jinja").unlink()
-    edit("tokenizer_config.json", chat_template=[{"name": "tool_use", "template": "{{ messages[0].content }}"}])(folder)
-
-
 def no_end(folder):
     (folder / "generation_config.json").unlink()
     edit("config.json", eos_token_id=None)(folder)
     edit("tokenizer_config.json", eos_token=...)(folder)
 
 
-def hybrid(folder):
-    layers = ["linear_attention", "full_attention"]
-    config = transformers.Qwen3NextConfig(hidden_size=64, num_hidden_layers=2, layer_types=layers)
-    config.save_pretrained(folder)
-
-
 # as SentencePiece does: rendered as one text, a message has none
 SPACED = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
 NO_SYSTEM = CHATML.replace("DEFAULT", "").replace("for m in messages", "for m in messages if m.role != 'system'")
+SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1,
+           "layer_types": ["full_attention", "sliding_attention"]}
+HYBRID = {"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]}
 MODELS = {                                                  # case: (a good folder, its damage, words of the message)
-    "no output table": ("llama3", without("lm_head"), ["found 1 missing"]),
-    "no second layer": ("smol", without("model.layers.1."), ["found 9 missing"]),
+    "no output table": ("llama3", no_output_table, ["1 missing"]),
     "a pointer to .bin weights": ("smol", pointer, ["Llama or Qwen"]),
-    "sliding windows": ("qwen2", edit("config.json", use_sliding_window=True, sliding_window=8, max_window_layers=1,
-                                      layer_types=["full_attention", "sliding_attention"]), ["sliding_attention"]),
+    "sliding windows": ("qwen2", edit("config.json", **SLIDING), ["sliding_attention"]),
     "a window in every layer": ("smol", edit("config.json", model_type="mistral", sliding_window=8), ["mistral"]),
-    "linear attention": ("qwen3", hybrid, ["qwen3_next", "linear_attention"]),
+    "linear attention": ("qwen3", edit("config.json", **HYBRID), ["qwen3_next", "linear_attention"]),
     "an unknown family": ("smol", edit("config.json", model_type="own"), ["own"]),
     "no chat template": ("smol", lambda f: (f / "chat_template.jinja").unlink(), ["chat template"]),
-    "templates without a default": ("smol", named_templates, ["template"]),
-    "a template that does not parse": ("smol", template("{% for m in messages %}"), ["Llama or Qwen"]),
     "a template that refuses": ("smol", template("{{ raise_exception('no system') }}"), ["no system"]),
-    "a template that drops a system message": ("smol", template(NO_SYSTEM), ["template and message: False"]),
-    "a template that repeats": ("smol", template(CHATML.replace("DEFAULT", "{{ m.content }}")), ["message: False"]),
-    "a space before every piece": ("smol", edit("tokenizer.json", pre_tokenizer=SPACED), ["message: False"]),
-    "an unknown kind of tokenizer": ("smol", edit("tokenizer.json", model={"type": "Own"}), ["Llama or Qwen"]),
-    "no end of a turn": ("smol", no_end, ["an end of turn, found []"]),
+    "a template that drops a system message": ("smol", template(NO_SYSTEM), ["template and message"]),
+    "a space before every piece": ("smol", edit("tokenizer.json", pre_tokenizer=SPACED), ["template and message"]),
+    "no end of a turn": ("smol", no_end, ["end of turn", "[]"]),
     "no such folder": ("smol", shutil.rmtree, ["no such folder", "python models/prepare.py"]),
 }
-
-
-def one_line(r, name, words):
-    assert r.code == 2 and r.err.count("\n") == 1 and r.err.startswith(f"{name}.py: "), r.err
-    assert all(word in r.err for word in words), r.err
-    assert len(r.err) < 1000
 
 
 @pytest.mark.parametrize("case", MODELS)
@@ -95,7 +70,7 @@ def test_a_model_that_cannot_be_right_is_refused_before_training(case, checkpoin
     folder = shutil.copytree(checkpoints[kind], work / "model")
     damage(folder)
     r = main("stage1_recon", *PROMPT, "--model", folder, "--ae", "none", "--steps", 1, *TINY)
-    one_line(r, "stage1_recon", words)
+    refused(r, "stage1_recon.py: ", "--model", *words)
     assert not (work / "out/recon.pt").exists()
 
 
@@ -104,30 +79,21 @@ def test_a_model_that_cannot_be_right_is_refused_before_training(case, checkpoin
 FILES = {                                                   # case: (script, arguments, files, words of the message)
     "no prompt": ("stage1_recon", ["--prompt", "nope.txt"], {}, ["nope.txt", "text"]),
     "an empty prompt": ("stage1_recon", ["--prompt", "e.txt"], {"e.txt": b" \n\n"}, ["e.txt", "empty"]),
-    "a prompt not in UTF-8": ("stage2_kd", ["--prompt", "l.txt"], {"l.txt": b"\xe9t\xe9"}, ["l.txt", "UTF-8"]),
     "a prompt in UTF-16": ("stage1_recon", ["--prompt", "u.txt"], {"u.txt": "Be kind.".encode("utf-16")}, ["UTF-8"]),
     "a prompt too long": ("stage1_recon", ["--prompt", "l.txt"], {"l.txt": " ".join(SENTENCES * 20).encode()},
                           ["at most 1024 tokens", "shorten"]),
-    "a broken dialogue": ("stage1_recon", ["--prompt", "j.json"], {"j.json": b"{"}, ["j.json", "messages"]),
     "a dialogue without content": ("stage2_kd", ["--prompt", "j.JSON"],
                                    {"j.JSON": b'{"messages": [{"role": "user"}]}'}, ["content"]),
     "no queries": ("stage2_kd", [*NOISE, "--queries", "nope.txt"], {}, ["nope.txt", "python queries.py"]),
     "no queries beside the prompt": ("stage2_kd", ["--prompt", "a.txt"], {"a.txt": b"Be kind."}, ["a.queries.txt"]),
     "too few queries": ("stage2_kd", [*NOISE, "--queries", "f.txt"], {"f.txt": b"Why?\nHow?\nWho?\n"}, ["--batch"]),
-    "a json array of queries": ("stage2_kd", [*NOISE, "--queries", "q.txt"],
-                                {"q.txt": json.dumps(SENTENCES).encode()}, ["q.txt, line 1"]),
-    "a long json array": ("stage2_kd", [*NOISE, "--queries", "q.json"],
-                          {"q.json": json.dumps(SENTENCES, indent=1).encode()}, ["q.json, line 1"]),
     "a csv": ("stage2_kd", [*NOISE, "--queries", "q.csv"], {"q.csv": b"id,question\n1,Why?\n" * 9}, ["q.csv, line 1"]),
-    "a row of null": ("stage2_kd", [*NOISE, "--queries", "q.NDJSON"],
-                      {"q.NDJSON": b'{"query": "Why?"}\n\n{"query": null}'}, ["q.NDJSON, line 3"]),
     "queries not in UTF-8": ("stage2_kd", [*NOISE, "--queries", "q.txt"], {"q.txt": b"\xff\xfe\xff"}, ["UTF-8"]),
     "no corpus": ("stage0_ae", ["--data", "nope/*.jsonl"], {}, ["nope/*.jsonl", "python data/ae_corpus/prepare.py"]),
     "a corpus row cut": ("stage0_ae", ["--data", "c.jsonl"], {"c.jsonl": b'{"text": "one"}\n{"tex'}, ["line 2"]),
     "a corpus of short texts": ("stage0_ae", ["--data", "c.jsonl"], {"c.jsonl": b'{"text": "one two"}\n' * 99},
                                 ["200 characters", "python data/ae_corpus/prepare.py"]),
     "no [AE]": ("stage1_recon", [*PROMPT, "--ae", "nope.pt"], {}, ["nope.pt", "python stage0_ae.py"]),
-    "a [BE] as [AE]": ("stage1_recon", [*PROMPT, "--ae", "out/be.pt"], {}, ["out/be.pt", "python stage0_ae.py"]),
     "an [AE] of another model": ("stage1_recon", [*PROMPT, "--ae", "other.pt"], {}, ["other", "python stage0_ae.py"]),
     "no stage 1": ("stage2_kd", [*PROMPT, "--init", "nope.pt"], {}, ["nope.pt", "stage1_recon.py --prompt p.txt"]),
     "stage 1 of another prompt": ("stage2_kd", ["--prompt", "b.txt", "--queries", "p.queries.txt"],
@@ -153,16 +119,14 @@ FILES = {                                                   # case: (script, arg
 def test_a_file_that_cannot_be_right_is_refused(case, checkpoints, vectors, work):
     name, arguments, files, words = FILES[case]
     shutil.copytree(vectors, "out")
-    ae = opened("out/ae.pt")
-    torch.save(ae | {"kind": "be" if name == "infer" else "ae", "model": {"name": "other", "fingerprint": "f00"},
-                     "layout": "chat"}, "other.pt")
+    other = {"kind": "be" if name == "infer" else "ae", "model": {"name": "other", "fingerprint": "f00"}}
+    torch.save(opened("out/ae.pt") | other, "other.pt")
     for path, content in files.items():
         (work / path).write_bytes(content)
     before = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
     if name == "stage1_recon" and "--ae" not in arguments:
         arguments = [*arguments, "--ae", "out/ae.pt"]
-    r = main(name, *arguments, "--model", checkpoints["smol"], *TINY)
-    one_line(r, name, words)
+    refused(main(name, *arguments, "--model", checkpoints["smol"], *TINY), f"{name}.py: ", *words)
     assert {path: path.read_bytes() for path in before} == before
 
 
