@@ -1,12 +1,12 @@
 """export.py: each way is opened by what it is for, and says what the hook says; nothing else about the model moves."""
-import base64, io, json
+import base64, io, json, shutil
 
 import pytest
 import safetensors.torch
 import torch
 import transformers
 
-from conftest import PROMPT, SENTENCES, load_tiny, main, opened, script
+from conftest import PROMPT, SENTENCES, artifact, load_tiny, main, refused, script
 
 infer, USER = script("infer"), [{"role": "user", "content": "How many apples are left?"}]
 LATER = [*USER, {"role": "assistant", "content": "Aye."}, {"role": "user", "content": "Why is that?"}]
@@ -18,13 +18,9 @@ def case(request, checkpoints, tmp_path_factory):
     """An artifact of k vectors -> folder, its path, vector, model, tokenizer."""
     kind, k = request.param
     (model, tokenizer), folder = load_tiny(checkpoints, kind), tmp_path_factory.mktemp("export")
-    table = model.get_input_embeddings().weight
-    vector = table.mean(0) + 4 * table.std(0) * torch.randn(k, 64, generator=torch.Generator().manual_seed(1))
-    script("stage2_kd").save(
-        folder / "be.pt", kind="be", stage="kd", vector=vector, layout="chat", ae=vector[:1], tokens=40,
-        messages=[{"role": "system", "content": PROMPT}], config={"prompt": "p.txt"}, metrics={"n": 3}, history=[],
-        model={"name": str(checkpoints[kind]), "fingerprint": infer.fingerprint(model)})
-    return folder, vector, model, tokenizer
+    be = artifact(model, k)
+    torch.save(be, folder / "be.pt")
+    return folder, be["vector"], model, tokenizer
 
 
 def fed(tokenizer, system, turns):
@@ -33,12 +29,17 @@ def fed(tokenizer, system, turns):
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, enable_thinking=False)
 
 
-def hook(case, turns):
-    """The same with slots, and the logits that they give through inputs_embeds."""
-    _, vector, model, tokenizer = case
-    ids = infer.layout_ids(tokenizer, "chat", [-1 - i for i in range(len(vector))], turns)
+def same_as_hook(case, served, tokenizer, about, turns):
+    """The message of about is fed where the hook has its slots, and gives the hook's logits -> both rows of ids."""
+    _, vector, model, own = case
+    slots = infer.layout_ids(own, "chat", [-1 - i for i in range(len(vector))], turns)
+    ids = fed(tokenizer, about["system message"], turns)
+    assert ids == [about["ids"][-1 - i] if i < 0 else i for i in slots]
     with torch.no_grad():
-        return ids, model(inputs_embeds=infer.embed(model, torch.tensor([ids]), vector)).logits
+        logits = model(inputs_embeds=infer.embed(model, torch.tensor([slots]), vector)).logits
+        found = served(torch.tensor([ids])).logits[..., :logits.shape[-1]]
+    torch.testing.assert_close(found, logits, atol=1e-4, rtol=1e-4)
+    return ids, slots
 
 
 def no_secret(folder):
@@ -54,18 +55,14 @@ def test_the_adapter_opened_by_peft_equals_inputs_embeds(case, checkpoints):
     assert r.code == 0, r.err
     about, = json.loads((folder / "served/captain/nanobe.json").read_text())
     base = transformers.AutoModelForCausalLM.from_pretrained(about["base model"], dtype=torch.float32)
-    plain = {}
-    others = [fed(tokenizer, text, USER) for text in ("Be kind.", " ".join(SENTENCES))]
+    others = [torch.tensor([fed(tokenizer, text, USER)]) for text in ("Be kind.", " ".join(SENTENCES))]
     with torch.no_grad():
-        plain = [base(torch.tensor([ids])).logits for ids in others]
+        plain = [base(ids).logits for ids in others]
         adapted = peft.PeftModel.from_pretrained(base, folder / "served/captain").eval()
-        for turns in (USER, LATER):
-            slots, logits = hook(case, turns)
-            ids = fed(tokenizer, about["system message"], turns)
-            assert ids == [about["ids"][-1 - i] if i < 0 else i for i in slots]
-            torch.testing.assert_close(adapted(torch.tensor([ids])).logits, logits, atol=1e-4, rtol=1e-4)
         for ids, before in zip(others, plain):              # other text is as it was
-            torch.testing.assert_close(adapted(torch.tensor([ids])).logits, before, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(adapted(ids).logits, before, atol=1e-5, rtol=1e-5)
+    for turns in (USER, LATER):
+        same_as_hook(case, adapted, tokenizer, about, turns)
     used = {i for text in (*SENTENCES, PROMPT) for i in fed(tokenizer, text, LATER)}
     assert not used & {*about["ids"]} and len({*about["ids"]}) == len(vector)
     assert not {*about["ids"]} & {*model.generation_config.eos_token_id}
@@ -86,14 +83,8 @@ def test_the_checkpoint_is_an_ordinary_model_that_answers_as_the_hook_does(case)
     served = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     read, old = transformers.AutoTokenizer.from_pretrained(folder / "model"), len(model.lm_head.weight)
     for turns in (USER, LATER):
-        slots, logits = hook(case, turns)
-        ids = fed(read, about["system message"], turns)
-        assert ids == [about["ids"][-1 - i] if i < 0 else i for i in slots]
-        with torch.no_grad():
-            torch.testing.assert_close(served(torch.tensor([ids])).logits[..., :old], logits, atol=1e-4, rtol=1e-4)
-            said = served.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                                   do_sample=False, max_new_tokens=8)
-        said = said[0, len(ids):].tolist()
+        ids, slots = same_as_hook(case, served, read, about, turns)
+        said = served.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=8)[0, len(ids):].tolist()
         stop = model.generation_config.eos_token_id
         expected = list(infer.speak(model, slots, vector, 8))
         assert said[:len(expected)] == expected and (len(expected) == 8 or said[len(expected)] in stop)
@@ -123,7 +114,7 @@ def test_prompt_embeds_is_the_vector_in_a_message(case):
 
 def test_several_artifacts_are_a_folder_each_and_an_earlier_export_is_replaced_when_asked(vectors, work):
     for name in ("one", "two"):
-        torch.save(opened(vectors / "be.pt"), f"{name}.pt")
+        shutil.copy(vectors / "be.pt", f"{name}.pt")
     for extra, code in [([], 0), ([], 2), (["--overwrite"], 0)]:
         assert main("export", "one.pt", "two.pt", "--adapter", "served", *extra).code == code
         assert [p.name for p in work.glob("*served*")] == ["served"]
@@ -140,10 +131,8 @@ def test_several_artifacts_are_a_folder_each_and_an_earlier_export_is_replaced_w
     (["be.pt", "--adapter", "new", "--token", "ship"], ["unused", "--out"]),
     (["be.pt", "recon.pt", "--prompt-embeds", "new.json"], ["--prompt-embeds"])])
 def test_what_cannot_be_exported_is_refused_and_nothing_is_overwritten(arguments, words, vectors, work):
-    for file in vectors.iterdir():
-        (work / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(vectors, work, dirs_exist_ok=True)
     (work / "thesis").mkdir()
     (work / "thesis/chapter1.txt").write_text("Years of work.")
-    r = main("export", *arguments)
-    assert r.code == 2 and r.err.count("\n") == 1 and all(word in r.err for word in words), r.err
+    refused(main("export", *arguments), *words)
     assert [p.name for p in (work / "thesis").iterdir()] == ["chapter1.txt"] and not [*work.glob("new*")]

@@ -5,7 +5,7 @@ import pytest
 import torch
 import transformers
 
-from conftest import TINY, build_tokenizer, main, script
+from conftest import TINY, build_tokenizer, caught, main, refused, script
 
 kd, queries = script("stage2_kd"), script("queries")
 
@@ -41,13 +41,10 @@ def test_a_row_of_queries_is_a_chat(name, content, expected, tmp_path):
         '{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}')],
     ("q.txt", '["Why?", "How?"]'), ("q.txt", '[{"question": "Why?"}]'), ("q.txt", "[\n"), ("q.csv", "id,question"),
     ("q.json", "Why?")])
-def test_a_row_that_is_not_understood_is_named_and_never_trained_on(name, broken, tmp_path, capsys):
+def test_a_row_that_is_not_understood_is_named_and_never_trained_on(name, broken, tmp_path):
     good = "Why?" if name == "q.txt" else '{"query": "Why?"}'
     (tmp_path / name).write_text(f"{good}\n\n{broken}\n{good}\n")
-    with pytest.raises(SystemExit) as e:
-        kd.read_queries(str(tmp_path / name))
-    err = capsys.readouterr().err
-    assert e.value.code == 2 and f"{name}, line 3" in err and err.count("\n") == 1 and len(err) < 500
+    refused(caught(kd.read_queries, str(tmp_path / name)), f"{name}, line 3")
 
 
 # --- what a model's lists look like
@@ -88,4 +85,5 @@ def test_the_file_is_what_the_model_asked_each_question_once(text, expected, che
         assert expected[0] in r.out and "--queries new.txt" in r.out and "read it" in r.out
         assert kd.read_queries("new.txt") == user(*expected)
     else:
-        assert r.code == 2 and r.err.count("\n") == 1 and "new.txt" in r.err and not (work / "new.txt").exists()
+        refused(r, "new.txt")
+        assert not (work / "new.txt").exists()

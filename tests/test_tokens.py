@@ -11,7 +11,6 @@ SAID = {"role": "assistant", "content": "She has 18 - 7 = 11 apples.\n\nAsk me a
 ODD = {"role": "user", "content": "été, 日本 🙂\n\n  * two  spaces\n\n\n\tand a tab = 0.5%"}
 DIALOGUES = {"system and user": [SYSTEM, USER], "user only": [USER], "several turns": [SYSTEM, USER, SAID, ODD],
              "turns without system": [USER, SAID, USER, SAID, USER], "odd system": [ODD | {"role": "system"}, USER]}
-BOS = {"llama3": "<|begin_of_text|>", "llama2": "<s>"}      # smol's bos_token, <|im_start|>, opens each turn instead
 BEFORE_USER = {"llama3": "<|start_header_id|>user<|end_header_id|>\n\n", "llama2": "<s>[INST]\n"}
 
 
@@ -25,36 +24,16 @@ def tokenizer(kind):
     return build_tokenizer(kind)
 
 
-def joint(tokenizer, dialogue, **settings):
-    """The template's own ids of a dialogue, rendered and tokenised as one text."""
-    return tokenizer.apply_chat_template(dialogue, tokenize=True, return_dict=False, enable_thinking=False, **settings)
-
-
 @pytest.mark.parametrize("dialogue", DIALOGUES.values(), ids=DIALOGUES)
-def test_split_at_the_contents_equals_joint(tokenizer, dialogue):
-    assert kd.chat_ids(tokenizer, dialogue) == joint(tokenizer, dialogue, add_generation_prompt=True)
-    assert kd.chat_ids(tokenizer, dialogue, generate=False) == joint(tokenizer, dialogue)
-
-
-@pytest.mark.parametrize("dialogue", DIALOGUES.values(), ids=DIALOGUES)
-def test_one_bos(kind, tokenizer, dialogue):
-    ids, bos = kd.chat_ids(tokenizer, dialogue), tokenizer.bos_token_id
-    assert ids[0] != ids[1]
-    if kind in BOS:                                         # the tokenizer would put it before every piece
-        assert tokenizer("a text")["input_ids"][0] == ids[0] == bos
-    if kind == "llama3":
-        assert ids.count(bos) == 1 and kd.layout_ids(tokenizer, "block", [-1], dialogue[-1:])[:2] == [bos, -1]
-
-
-def test_a_default_system_prompt_stands_where_the_template_has_one(kind, tokenizer):
-    assert ("helpful" in tokenizer.decode(kd.chat_ids(tokenizer, [USER]))) == (kind == "qwen2")
-    assert "helpful" not in tokenizer.decode(kd.layout_ids(tokenizer, "chat", [], [USER]))
-    assert "helpful" not in tokenizer.decode(kd.layout_ids(tokenizer, "block", [], [USER]))
-
-
-def test_a_model_that_can_think_is_told_not_to(tokenizer):
-    text = tokenizer.decode(kd.chat_ids(tokenizer, [SYSTEM, USER]))
-    assert text.endswith("<think>\n\n</think>\n\n") == ("enable_thinking" in tokenizer.chat_template)
+def test_split_at_the_contents_equals_joint(kind, tokenizer, dialogue):
+    """The template's own ids, rendered and tokenised as one text; with one BOS, and told not to think."""
+    settings = {"tokenize": True, "return_dict": False, "enable_thinking": False}
+    ids = kd.chat_ids(tokenizer, dialogue)
+    assert ids == tokenizer.apply_chat_template(dialogue, add_generation_prompt=True, **settings)
+    assert kd.chat_ids(tokenizer, dialogue, generate=False) == tokenizer.apply_chat_template(dialogue, **settings)
+    if kind in ("llama3", "llama2"):                        # the tokenizer would put its BOS before every piece
+        assert ids[0] == tokenizer("a text")["input_ids"][0] == tokenizer.bos_token_id != ids[1]
+        assert kind == "llama2" or ids.count(ids[0]) == 1
 
 
 @pytest.mark.parametrize("where", ["system", "user"])
@@ -69,30 +48,23 @@ def test_the_name_of_a_special_token_inside_a_text_is_text(tokenizer, where):
     assert tokenizer.decode(kd.text_ids(tokenizer, f" {TEXT}\n")) == TEXT       # and a text comes back as it was
 
 
-@pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("turns", [[USER], [USER, SAID, USER]], ids=["first turn", "later turn"])
-def test_in_the_chat_layout_the_slot_stands_for_the_system_message(tokenizer, k, turns):
-    slot = [-1 - i for i in range(k)]
-    ids = kd.layout_ids(tokenizer, "chat", slot, turns)
-    at = ids.index(-1)
-    assert ids[at:at + k] == slot and sum(i < 0 for i in ids) == k
-    full = ids[:at] + kd.text_ids(tokenizer, PROMPT) + ids[at + k:]
-    assert full == kd.chat_ids(tokenizer, [SYSTEM] + turns)
-    assert kd.layout_ids(tokenizer, "chat", [], turns) == ids[:at] + ids[at + k:]
-
-
 @pytest.mark.parametrize("k", [0, 1, 3])
 @pytest.mark.parametrize("turns", [[USER], [USER, SAID, USER]], ids=["first turn", "later turn"])
-def test_in_the_block_layout_the_users_turn_follows_the_slot(kind, tokenizer, k, turns):
-    """A real BOS stays before it; then the user's turn as it follows an answer, header and all, and nothing else."""
-    slot = [-1 - i for i in range(k)]
+def test_the_slot_stands_in_its_place(kind, tokenizer, k, turns):
+    """chat: where the system message stood. block: in the place of all that comes before the user's turn, which is as
+    it follows an answer, header and all; a real BOS stays before it."""
+    slot, text = [-1 - i for i in range(k)], kd.text_ids(tokenizer, PROMPT)
+    full, ids = kd.chat_ids(tokenizer, [SYSTEM] + turns), kd.layout_ids(tokenizer, "chat", slot, turns)
+    at = next(i for i in range(len(full)) if full[i:i + len(text)] == text)
+    assert ids == full[:at] + slot + full[at + len(text):]
     ids = kd.layout_ids(tokenizer, "block", slot, turns)
-    bos = tokenizer(BOS[kind], add_special_tokens=False)["input_ids"] if kind == "llama3" else []
-    assert ids[:len(bos) + k] == bos + slot and sum(i < 0 for i in ids) == k
+    bos = [tokenizer.bos_token_id] if kind == "llama3" else []      # smol's and llama2's open every turn
+    before, rest = ids[:len(bos) + k], ids[len(bos) + k:]
+    assert before == bos + slot
+    assert rest == kd.chat_ids(tokenizer, [SYSTEM, USER, SAID] + turns)[-len(rest):]
     header = tokenizer(BEFORE_USER.get(kind, "<|im_start|>user\n"), add_special_tokens=False)["input_ids"]
-    rest, text = ids[len(bos) + k:], kd.text_ids(tokenizer, USER["content"])
-    assert rest[:len(header) + len(text)] == header + text
-    assert kd.chat_ids(tokenizer, [SYSTEM, USER, SAID] + turns)[-len(rest):] == rest
+    begins = header + kd.text_ids(tokenizer, USER["content"])
+    assert rest[:len(begins)] == begins
 
 
 def test_what_the_slot_stands_for(kind, tokenizer):
