@@ -54,7 +54,6 @@ MODELS = {                                                  # case: (a good fold
     "sliding windows": ("qwen2", edit("config.json", **SLIDING), ["sliding_attention"]),
     "a window in every layer": ("smol", edit("config.json", model_type="mistral", sliding_window=8), ["mistral"]),
     "linear attention": ("qwen3", edit("config.json", **HYBRID), ["qwen3_next", "linear_attention"]),
-    "an unknown family": ("smol", edit("config.json", model_type="own"), ["own"]),
     "no chat template": ("smol", lambda f: (f / "chat_template.jinja").unlink(), ["chat template"]),
     "a template that refuses": ("smol", template("{{ raise_exception('no system') }}"), ["no system"]),
     "a template that drops a system message": ("smol", template(NO_SYSTEM), ["template and message"]),
@@ -79,23 +78,19 @@ def test_a_model_that_cannot_be_right_is_refused_before_training(case, checkpoin
 FILES = {                                                   # case: (script, arguments, files, words of the message)
     "no prompt": ("stage1_recon", ["--prompt", "nope.txt"], {}, ["nope.txt", "text"]),
     "an empty prompt": ("stage1_recon", ["--prompt", "e.txt"], {"e.txt": b" \n\n"}, ["e.txt", "empty"]),
-    "a prompt in UTF-16": ("stage1_recon", ["--prompt", "u.txt"], {"u.txt": "Be kind.".encode("utf-16")}, ["UTF-8"]),
     "a prompt too long": ("stage1_recon", ["--prompt", "l.txt"], {"l.txt": " ".join(SENTENCES * 20).encode()},
                           ["at most 1024 tokens", "shorten"]),
     "a dialogue without content": ("stage2_kd", ["--prompt", "j.JSON"],
                                    {"j.JSON": b'{"messages": [{"role": "user"}]}'}, ["content"]),
-    "no queries": ("stage2_kd", [*NOISE, "--queries", "nope.txt"], {}, ["nope.txt", "python queries.py"]),
-    "no queries beside the prompt": ("stage2_kd", ["--prompt", "a.txt"], {"a.txt": b"Be kind."}, ["a.queries.txt"]),
+    "no queries beside the prompt": ("stage2_kd", ["--prompt", "a.txt"], {"a.txt": b"Be kind."},
+                                     ["a.queries.txt", "python queries.py"]),
     "too few queries": ("stage2_kd", [*NOISE, "--queries", "f.txt"], {"f.txt": b"Why?\nHow?\nWho?\n"}, ["--batch"]),
-    "a csv": ("stage2_kd", [*NOISE, "--queries", "q.csv"], {"q.csv": b"id,question\n1,Why?\n" * 9}, ["q.csv, line 1"]),
     "queries not in UTF-8": ("stage2_kd", [*NOISE, "--queries", "q.txt"], {"q.txt": b"\xff\xfe\xff"}, ["UTF-8"]),
     "no corpus": ("stage0_ae", ["--data", "nope/*.jsonl"], {}, ["nope/*.jsonl", "python data/ae_corpus/prepare.py"]),
     "a corpus row cut": ("stage0_ae", ["--data", "c.jsonl"], {"c.jsonl": b'{"text": "one"}\n{"tex'}, ["line 2"]),
     "a corpus of short texts": ("stage0_ae", ["--data", "c.jsonl"], {"c.jsonl": b'{"text": "one two"}\n' * 99},
                                 ["200 characters", "python data/ae_corpus/prepare.py"]),
-    "no [AE]": ("stage1_recon", [*PROMPT, "--ae", "nope.pt"], {}, ["nope.pt", "python stage0_ae.py"]),
     "an [AE] of another model": ("stage1_recon", [*PROMPT, "--ae", "other.pt"], {}, ["other", "python stage0_ae.py"]),
-    "no stage 1": ("stage2_kd", [*PROMPT, "--init", "nope.pt"], {}, ["nope.pt", "stage1_recon.py --prompt p.txt"]),
     "stage 1 of another prompt": ("stage2_kd", ["--prompt", "b.txt", "--queries", "p.queries.txt"],
                                   {"b.txt": b"Cook."}, ["another prompt", "stage1_recon.py --prompt b.txt"]),
     "noise, and L_recon": ("stage2_kd", [*PROMPT, "--init", "noise"], {}, ["--lam 1"]),
@@ -103,10 +98,7 @@ FILES = {                                                   # case: (script, arg
                                      ["out/recon.pt", "leave --resume out"]),
     "stage 1 resumed from stage 2": ("stage1_recon", [*PROMPT, "--resume", "--out", "out/be.pt"], {},
                                      ["out/be.pt", "leave --resume out"]),
-    "nothing to resume": ("stage0_ae", ["--data", "corpus.jsonl", "--held-out", 4, "--resume", "--out", "new.pt"], {},
-                          ["new.pt", "python stage0_ae.py"]),
     "an --out that is no place": ("stage1_recon", [*PROMPT, "--out", "p.txt/be.pt"], {}, ["p.txt/be.pt", "--out"]),
-    "a question without [BE]": ("infer", ["--query", "Why?", "--be", "nope.pt"], {}, ["nope.pt", "stage1_recon.py"]),
     "a question to another model": ("infer", ["--query", "Why?", "--be", "other.pt"], {}, ["other.pt", "other"]),
     "an empty question": ("infer", ["--query", "  "], {}, ["--query", "empty"]),
     "an endless question": ("infer", ["--query", " ".join(SENTENCES * 20)], {}, ["shorten the question"]),
@@ -130,12 +122,6 @@ def test_a_file_that_cannot_be_right_is_refused(case, checkpoints, vectors, work
     assert {path: path.read_bytes() for path in before} == before
 
 
-@pytest.mark.parametrize("arguments", [["--promt", "p.txt"], ["--steps", "ten"], ["--layout", "inline"]])
-def test_an_option_that_is_none_is_an_error_and_not_guessed(arguments, work):
-    r = main("stage2_kd", *PROMPT, *arguments)
-    assert r.code == 2 and arguments[0] in r.err.splitlines()[-1] and "Traceback" not in r.err
-
-
 # --- and what only looks wrong
 
 def test_what_ends_a_turn_is_all_that_config_and_tokenizer_say(checkpoints, tmp_path):
@@ -150,7 +136,6 @@ def test_what_ends_a_turn_is_all_that_config_and_tokenizer_say(checkpoints, tmp_
 @pytest.mark.parametrize("rope, context", [
     ({"rope_type": "default"}, 1024), ({"rope_type": "linear", "factor": 4.0}, 4096),
     ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512}, 1024),
-    ({"rope_type": "yarn", "factor": 4.0}, 4096),
     ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
       "original_max_position_embeddings": 128}, 1024)])
 def test_the_context_counts_the_factor_where_the_config_does_not(rope, context, tmp_path):

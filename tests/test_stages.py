@@ -11,8 +11,8 @@ from conftest import PROMPT, SENTENCES, TINY, fill, main, opened, plain_logits, 
 
 STAGE0 = ["--data", "corpus.jsonl", "--steps", 12, "--eval-every", 4, "--held-out", 4, "--batch", 2, "--max-tokens", 48,
           "--lr", 0.3]
-STAGE1 = ["--prompt", "p.txt", "--ae", "out/ae.pt", "--steps", 40, "--lr", 0.3]
-STAGE2 = ["--prompt", "p.txt", "--steps", 12, "--eval-every", 4, "--batch", 4, "--answer-tokens", 6, "--lr", 0.1]
+STAGE1 = ["--ae", "out/ae.pt", "--steps", 40, "--lr", 0.3]
+STAGE2 = ["--steps", 12, "--eval-every", 4, "--batch", 4, "--answer-tokens", 6, "--lr", 0.1]
 
 
 def run_frozen(name, *args, cwd):
@@ -34,31 +34,36 @@ def run_frozen(name, *args, cwd):
     return r, model, tokenizer
 
 
-@pytest.fixture(scope="module", params=[("smol", "chat", 1), ("qwen3", "block", 3), ("llama3", "block", 1)],
-                ids=lambda p: "-".join(map(str, p)))
+@pytest.fixture(scope="module", params=[("llama3", "block", 3, "p.txt"), ("qwen3", "chat", 1, "p.txt"),
+                                        ("qwen2", "block", 2, "p.json")], ids=lambda p: p[0])
 def chain(request, checkpoints, tmp_path_factory):
-    """[AE], then [BE] of stage 1, then [BE] of stage 2, in one folder, by their default names."""
-    kind, layout, k = request.param
-    folder = fill(tmp_path_factory.mktemp("chain") / "work")
-    model = ["--model", checkpoints[kind]]
-    r0, *_ = run_frozen("stage0_ae", *model, *STAGE0, cwd=folder)
-    r1, *_ = run_frozen("stage1_recon", *model, *STAGE1, "--layout", layout, "--k", k, cwd=folder)
-    r2, model, tokenizer = run_frozen("stage2_kd", *model, *STAGE2, cwd=folder)
+    """[AE], then [BE] of stage 1, then [BE] of stage 2, by their default names; of a dialogue, without [AE]."""
+    kind, layout, k, prompt = request.param
+    folder, messages = fill(tmp_path_factory.mktemp("chain") / "work"), [{"role": "system", "content": PROMPT}]
+    stage1 = ["--prompt", prompt, *STAGE1, "--layout", layout, "--k", k]
+    if prompt == "p.json":
+        messages += [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Aye."}]
+        (folder / prompt).write_text(json.dumps({"messages": messages}))
+        stage1 += ["--ae", "none"]
+    jobs = [("stage0_ae", STAGE0), ("stage1_recon", stage1), ("stage2_kd", [*STAGE2, "--prompt", prompt])]
+    done = [run_frozen(name, "--model", checkpoints[kind], *arguments, cwd=folder) for name, arguments in jobs]
     ae, recon, be = (opened(folder / f"out/{name}.pt") for name in ("ae", "recon", "be"))
-    return SimpleNamespace(layout=layout, slot=[-1 - i for i in range(k)], ae=ae, recon=recon, be=be, folder=folder,
-                           outs=[r0.out, r1.out, r2.out], model=model, tokenizer=tokenizer)
+    model, tokenizer = done[-1][1:]
+    return SimpleNamespace(layout=layout, slot=[-1 - i for i in range(k)], messages=messages, ae=ae, recon=recon, be=be,
+                           folder=folder, outs=[r.out for r, *_ in done], model=model, tokenizer=tokenizer)
 
 
 def test_each_stage_writes_its_artifact_and_names_the_next_command(chain):
-    k = len(chain.slot)
-    for artifact, kind, k in [(chain.ae, "ae", 1), (chain.recon, "be", k), (chain.be, "be", k)]:
-        assert artifact["kind"] == kind and artifact["vector"].shape == (k, 64)
-        assert artifact["vector"].dtype == torch.float32 and artifact["metrics"]["n"] > 0 and artifact["history"]
-        assert artifact["model"]["fingerprint"] == script("infer").fingerprint(chain.model)
-    for artifact in (chain.recon, chain.be):
-        assert artifact["layout"] == chain.layout and artifact["messages"] == [{"role": "system", "content": PROMPT}]
-        s = script("stage2_kd").prompt_ids(chain.tokenizer, artifact["messages"], chain.layout)
-        assert artifact["tokens"] == len(s) and torch.equal(artifact["ae"], chain.ae["vector"])
+    n = len(chain.slot)
+    for found, kind, k in [(chain.ae, "ae", 1), (chain.recon, "be", n), (chain.be, "be", n)]:
+        assert found["kind"] == kind and found["vector"].shape == (k, 64) and found["vector"].dtype == torch.float32
+        assert found["metrics"]["n"] > 0 and found["history"]
+        assert found["model"]["fingerprint"] == script("infer").fingerprint(chain.model)
+    s = script("stage2_kd").prompt_ids(chain.tokenizer, chain.messages, chain.layout)
+    ae = chain.ae["vector"][len(chain.messages) > 1:]       # none for the dialogue
+    for found in (chain.recon, chain.be):
+        assert found["layout"] == chain.layout and found["messages"] == chain.messages
+        assert found["tokens"] == len(s) and torch.equal(found["ae"], ae)
     nexts = [("stage1_recon.py", "out/ae.pt"), ("stage2_kd.py", "out/recon.pt"), ("eval_kl.py", "out/be.pt")]
     for out, (name, path) in zip(chain.outs, nexts):
         line = next(line for line in out.splitlines() if line.startswith("next: "))
@@ -85,11 +90,11 @@ def test_stage_0_learns_and_reports_the_loss_of_the_vector_it_saved(chain):
 def test_stage_1_learns_and_reports_the_loss_of_the_vector_it_saved(chain):
     losses = [row["L_recon"] for row in chain.recon["history"]]
     assert len(losses) == 40 and losses[-1] < losses[0] - 0.2 and chain.recon["metrics"]["L_recon"] == min(losses)
-    recon = script("stage1_recon")
+    recon, trigger = script("stage1_recon"), [chain.slot[-1] - 1] * len(chain.recon["ae"])
     s = recon.prompt_ids(chain.tokenizer, chain.recon["messages"], chain.layout)
     words = recon.layout_ids(chain.tokenizer, chain.layout, chain.slot, [{"role": "user", "content": "?"}])
-    logits = plain_logits(chain.model, words[:words.index(-1)] + chain.slot + [chain.slot[-1] - 1] + s,
-                          torch.cat([chain.recon["vector"], chain.ae["vector"]]))[-len(s) - 1:-1]
+    logits = plain_logits(chain.model, words[:words.index(-1)] + chain.slot + trigger + s,
+                          torch.cat([chain.recon["vector"], chain.recon["ae"]]))[-len(s) - 1:-1]
     assert F.cross_entropy(logits, torch.tensor(s)).item() == pytest.approx(min(losses), abs=1e-4)
     assert (logits.argmax(-1) == torch.tensor(s)).sum() == chain.recon["metrics"]["right"]
 
@@ -112,29 +117,6 @@ def test_stage_2_reports_the_divergence_of_the_vector_it_saved(chain):
         assert metrics[name] == pytest.approx(kl, abs=1e-5)
 
 
-def test_stage_2_lowers_its_loss(checkpoints, work):
-    """From noise: the mean of the last third of its steps is well under that of the first."""
-    arguments = [*STAGE2, "--init", "noise", "--lam", 1, "--steps", 45, "--eval-every", 15, "--k", 3]
-    r, *_ = run_frozen("stage2_kd", "--model", checkpoints["qwen2"], *arguments, cwd=work)
-    be = opened("out/be.pt")
-    losses = [row["L_KD"] for row in be["history"] if "L_KD" in row]
-    assert len(losses) == 45 and sum(losses[30:]) < 0.9 * sum(losses[:15])
-    assert not any("L_recon" in row for row in be["history"]) and be["vector"].shape == (3, 64)
-    assert be["metrics"]["held-out KL"] < be["metrics"]["no prompt"] and be["ae"].shape == (0, 64)
-    assert "of the held-out gap closed" in r.out
-
-
-def test_stage_1_without_ae_and_with_a_dialogue(checkpoints, work):
-    """none: a memory token, [BE] alone; and the prompt of a .json is its messages in the template's words."""
-    dialogue = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Aye."}]
-    (work / "d.json").write_text(json.dumps({"messages": dialogue}))
-    arguments = ["--model", checkpoints["qwen2"], "--prompt", "d.json", "--ae", "none", "--steps", 3]
-    _, _, tokenizer = run_frozen("stage1_recon", *arguments, cwd=work)
-    recon = opened("out/recon.pt")
-    assert recon["ae"].shape == (0, 64) and recon["messages"] == dialogue
-    assert recon["tokens"] == len(tokenizer.apply_chat_template(dialogue, tokenize=True, return_dict=False))
-
-
 # --- kill and resume
 
 def same(a, b):
@@ -146,10 +128,12 @@ def same(a, b):
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
+P = ["--prompt", "p.txt"]
+NOISE = ["--init", "noise", "--lam", 1, "--k", 3, "--layout", "block", "--steps", 45, "--eval-every", 15]
 RESUMED = {"stage 0": ("stage0_ae", STAGE0),
-           "stage 1": ("stage1_recon", [*STAGE1, "--steps", 110, "--k", 2]),
-           "stage 2": ("stage2_kd", STAGE2),              # out/recon.pt is there
-           "stage 2, noise": ("stage2_kd", [*STAGE2, "--init", "noise", "--lam", 1, "--k", 3, "--layout", "block"])}
+           "stage 1": ("stage1_recon", [*P, *STAGE1, "--steps", 110, "--k", 2]),
+           "stage 2": ("stage2_kd", [*P, *STAGE2]),                     # out/recon.pt is there
+           "stage 2, noise": ("stage2_kd", [*P, *STAGE2, *NOISE])}
 
 
 @pytest.fixture
@@ -183,6 +167,15 @@ def test_a_killed_run_goes_on_bit_for_bit(case, whole, monkeypatch):
     for _ in range(2):                                      # the second time there is nothing left to do
         assert main(name, *arguments, "--resume").code == 0
         assert same(opened("killed/x.pt"), expected)
+
+
+@pytest.mark.parametrize("case", ["stage 2, noise"])
+def test_distillation_alone_lowers_its_loss(case, whole):
+    _, _, be = whole
+    losses = [row["L_KD"] for row in be["history"] if "L_KD" in row]
+    assert len(losses) == 45 and sum(losses[30:]) < 0.9 * sum(losses[:15])
+    assert be["metrics"]["held-out KL"] < be["metrics"]["no prompt"]
+    assert not any("L_recon" in row for row in be["history"]) and be["vector"].shape == (3, 64)
 
 
 # --- torchrun
