@@ -6,7 +6,7 @@ import os
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1",
                "MPLBACKEND": "Agg", "CUDA_VISIBLE_DEVICES": ""}
 
-import contextlib, functools, importlib.util, io, json, random, runpy, subprocess, sys
+import contextlib, functools, importlib, io, json, random, runpy, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False      # fp32 on every machine
 
@@ -120,22 +121,17 @@ def checkpoints(tmp_path_factory):
 
 # --- the scripts
 
-@functools.cache
 def script(name):
-    """A script as a module, from its path: they are no package, and none imports another."""
-    path = ROOT / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """A script as a module, "results/table" too."""
+    return importlib.import_module(name.replace("/", "."))
 
 
-def caught(f, *args, **settings):
+def caught(f, *args):
     """A call that may end the process -> code, out, err."""
     code, out, err = 0, *(io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in "oe")
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            f(*args, **settings)
+            f(*args)
         except SystemExit as e:
             code = e.code or 0
     out, err = (stream.buffer.getvalue().decode() for stream in (out, err))
@@ -147,9 +143,8 @@ def main(name, *args, cwd="."):
     with pytest.MonkeyPatch.context() as m:
         m.chdir(cwd)
         m.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
-        if name.endswith("prepare"):                        # these have no main()
-            return caught(runpy.run_path, str(ROOT / f"{name}.py"), run_name="__main__")
-        return caught(script(name).main)
+        prepare = functools.partial(runpy.run_path, str(ROOT / f"{name}.py"), run_name="__main__")      # has no main()
+        return caught(prepare if name.endswith("prepare") else script(name).main)
 
 
 def refused(r, *words):
@@ -186,7 +181,7 @@ def plain_greedy(model, row, learned, limit, stop=None):
 
 
 def plain_measure(model, full, fed, learned, limit):
-    """The model answers each row of full, then reads the answers behind each row of fed -> KL in nats a token, top-1."""
+    """The model answers the rows of full, and reads the answers behind the rows of fed -> KL in nats a token, top-1."""
     kl, same, tokens = 0.0, 0, 0
     for row, other in zip(full, fed):
         said = plain_greedy(model, row, learned, limit)

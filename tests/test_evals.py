@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
 
 from conftest import PROMPT, ROOT, SENTENCES, TINY, main, opened, plain_greedy, plain_measure, refused, script
 
@@ -16,12 +16,11 @@ gsm, role, kl = script("eval_gsm8k"), script("eval_rolellm"), script("eval_kl")
 # --- GSM8K: the scorer
 
 @pytest.mark.parametrize("text, expected", [
-    ("2,125", ["2125"]), ("1,450,000.00", ["1450000"]), ("-3", ["-3"]), ("\u22123", ["-3"]), ("18.", ["18"]),
-    ("0.50", ["1/2"]), (".5", ["1/2"]), ("007", ["7"]), ("-0.0", ["0"]), ("$1,000", ["1000"]), ("-$3", ["-3"]),
-    ("$-3", ["-3"]), ("\\$1{,}000", ["1000"]), ("1\\,000", ["1000"]), ("\\boxed{-3}", ["-3"]), ("**18**", ["18"]),
+    ("1,450,000.00", ["1450000"]), ("\u22123", ["-3"]), ("18.", ["18"]), (".5", ["1/2"]), ("007", ["7"]),
+    ("-$3", ["-3"]), ("$-3", ["-3"]), ("\\$1{,}000", ["1000"]), ("1\\,000", ["1000"]), ("\\boxed{-3}", ["-3"]),
     ("25%.", ["25"]), ("18kg", ["18"]), ("16-3", ["16", "3"]), ("16 - 3 = 13", ["16", "3", "13"]), ("12 m²", ["12"]),
     ("1,2,3", ["1", "2", "3"]), ("10, 20 and 30.", ["10", "20", "30"]), ("1 000 000", ["1000000"]), ("2’000", ["2000"]),
-    ("1'000", ["1000"]), ("1\u202f234,5", ["1234", "5"]), ("１２", ["12"]), ("１，０００", ["1000"]), ("3/4", ["3/4"]),
+    ("1\u202f234,5", ["1234", "5"]), ("１，０００", ["1000"]), ("3/4", ["3/4"]), ("**18**", ["18"]),
     ("100 " + "1" * 60, ["100", "1" * 60]), ("9" * 5000, ["9" * 5000]), ("no number", []), ("", [])])
 def test_the_numbers_of_a_text(text, expected):
     assert gsm.numbers(text) == list(map(Fraction, expected))
@@ -36,7 +35,7 @@ def test_the_numbers_of_a_text(text, expected):
     ("<think>The final answer is 12</think>It is 15.", 15), ("<think>The final answer is 12", None),
     ("The final answer is 12</think>The final answer is 15", 15),
     ("The final answer is 12. As said, the final answer is what step 3 gave.", 12),
-    ("The final answer is 1 000", 1000), ("The final answer is 1'000 apples", 1000), ("The final answer is １８", 18)])
+    ("The final answer is 1'000 apples", 1000), ("The final answer is １８", 18)])
 def test_the_number_that_an_answer_gives(text, expected):
     assert gsm.predicted_number(text) == expected
 
@@ -197,14 +196,11 @@ def bench(work, vectors):
 
 
 def test_rouge_counts_words_of_any_writing():
-    def rouge(reference, text):
-        words = SimpleNamespace(tokenize=lambda text: role.WORD.findall(text.lower()))
-        return RougeScorer(["rougeL"], tokenizer=words).score(reference, text)["rougeL"].fmeasure
-    plain = RougeScorer(["rougeL"])
-    for a, b in zip(SENTENCES, SENTENCES[1:]):              # in English as rouge-score has it
-        assert rouge(a, b) == plain.score(a, b)["rougeL"].fmeasure
-    assert rouge("我是船长，港口很冷。", "我是船长，海很冷。") > 0.7 and rouge("我是船长", "我是船长") == 1
-    assert 0 < rouge("Капитан стар и мудр", "Капитан молод и глуп") < 1 and rouge("été naïve", "ete naive") == 0
+    def words(text):
+        return role.WORD.findall(text.lower())
+    english = DefaultTokenizer(use_stemmer=False)
+    assert all(words(s) == english.tokenize(s) for s in SENTENCES)              # in English as rouge-score has them
+    assert words("我是船长，Капитан стар; été naïve") == [*"我是船长", "капитан", "стар", "été", "naïve"]
 
 
 def test_rolellm_goes_from_folder_to_table_and_goes_on_after_a_kill(bench, checkpoints, work, smol):

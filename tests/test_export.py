@@ -66,8 +66,6 @@ def test_the_adapter_opened_by_peft_equals_inputs_embeds(case, checkpoints):
     used = {i for text in (*SENTENCES, PROMPT) for i in fed(tokenizer, text, LATER)}
     assert not used & {*about["ids"]} and len({*about["ids"]}) == len(vector)
     assert not {*about["ids"]} & {*model.generation_config.eos_token_id}
-    config = json.loads((folder / "served/captain/adapter_config.json").read_text())
-    assert config["r"] == len(vector) and config["target_modules"] == ["embed_tokens"]
     weights = safetensors.torch.load_file(folder / "served/captain/adapter_model.safetensors")
     assert sorted(map(len, weights.values())) == sorted([len(vector), 64])      # A and B, and no table
     assert "40 tokens" in (folder / "served/captain/README.md").read_text()

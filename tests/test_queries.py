@@ -50,12 +50,11 @@ def test_a_row_that_is_not_understood_is_named_and_never_trained_on(name, broken
 # --- what a model's lists look like
 
 @pytest.mark.parametrize("line, expected", [
-    ("1. What is your ship's name?", "What is your ship's name?"), ("2) How old are you?", "How old are you?"),
-    ("(3) Who are you?", "Who are you?"), ("- Why is it cold?", "Why is it cold?"), ("* **Why is it cold?**",
-     "Why is it cold?"), ("**4.** Where is it?", "Where is it?"), ("Q5: When is it?", "When is it?"),
-    ('"Where did you learn to sail?"', "Where did you learn to sail?"), ("“Where is she?”", "Where is she?"),
-    ("6. 「港はどこですか？」", "港はどこですか？"), ("7．船の名前は何ですか？", "船の名前は何ですか？"),
-    ("1、你叫什么名字？", "你叫什么名字？"),
+    ("1. What is your ship's name?", "What is your ship's name?"), ("(3) Who are you?", "Who are you?"),
+    ("* **Why is it cold?**", "Why is it cold?"), ("**4.** Where is it?", "Where is it?"),
+    ("Q5: When is it?", "When is it?"), ('"Where did you learn to sail?"', "Where did you learn to sail?"),
+    ("“Where is she?”", "Where is she?"), ("6. 「港はどこですか？」", "港はどこですか？"),
+    ("7．船の名前は何ですか？", "船の名前は何ですか？"), ("1、你叫什么名字？", "你叫什么名字？"),
     ("- ما اسمك يا صديقي؟", "ما اسمك يا صديقي؟"), ("• ¿Cómo te llamas?", "¿Cómo te llamas?"),
     ("8. «Où est le port ?»", "Où est le port ?"), ("Πού είναι το λιμάνι;", "Πού είναι το λιμάνι;"),
     ("What is 2 * 3 * 4?", "What is 2 * 3 * 4?"), ("3.5 or 4, which is more?", "3.5 or 4, which is more?"),
