@@ -126,12 +126,12 @@ def script(name):
     return importlib.import_module(name.replace("/", "."))
 
 
-def caught(f, *args):
+def caught(f, *args, **settings):
     """A call that may end the process -> code, out, err."""
     code, out, err = 0, *(io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in "oe")
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            f(*args)
+            f(*args, **settings)
         except SystemExit as e:
             code = e.code or 0
     out, err = (stream.buffer.getvalue().decode() for stream in (out, err))
@@ -143,8 +143,9 @@ def main(name, *args, cwd="."):
     with pytest.MonkeyPatch.context() as m:
         m.chdir(cwd)
         m.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
-        prepare = functools.partial(runpy.run_path, str(ROOT / f"{name}.py"), run_name="__main__")      # has no main()
-        return caught(prepare if name.endswith("prepare") else script(name).main)
+        if name.endswith("prepare"):                        # these have no main()
+            return caught(runpy.run_path, str(ROOT / f"{name}.py"), run_name="__main__")
+        return caught(script(name).main)
 
 
 def refused(r, *words):

@@ -30,7 +30,7 @@ def fed(tokenizer, system, turns):
 
 
 def same_as_hook(case, served, tokenizer, about, turns):
-    """The message of about is fed where the hook has its slots, and gives the hook's logits -> both rows of ids."""
+    """The message of about is fed where the hook has its slots, and gives the hook's logits."""
     _, vector, model, own = case
     slots = infer.layout_ids(own, "chat", [-1 - i for i in range(len(vector))], turns)
     ids = fed(tokenizer, about["system message"], turns)
@@ -39,7 +39,6 @@ def same_as_hook(case, served, tokenizer, about, turns):
         logits = model(inputs_embeds=infer.embed(model, torch.tensor([slots]), vector)).logits
         found = served(torch.tensor([ids])).logits[..., :logits.shape[-1]]
     torch.testing.assert_close(found, logits, atol=1e-4, rtol=1e-4)
-    return ids, slots
 
 
 def no_secret(folder):
@@ -81,11 +80,7 @@ def test_the_checkpoint_is_an_ordinary_model_that_answers_as_the_hook_does(case)
     served = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     read, old = transformers.AutoTokenizer.from_pretrained(folder / "model"), len(model.lm_head.weight)
     for turns in (USER, LATER):
-        ids, slots = same_as_hook(case, served, read, about, turns)
-        said = served.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=8)[0, len(ids):].tolist()
-        stop = model.generation_config.eos_token_id
-        expected = list(infer.speak(model, slots, vector, 8))
-        assert said[:len(expected)] == expected and (len(expected) == 8 or said[len(expected)] in stop)
+        same_as_hook(case, served, read, about, turns)
     assert served.generation_config.eos_token_id == model.generation_config.eos_token_id
     state, base = served.state_dict(), model.state_dict()
     for name, w in base.items():                            # every old weight is as it was, to the last bit
