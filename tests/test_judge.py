@@ -1,4 +1,4 @@
-"""eval_rolellm.py's judge, against a client that is none."""
+"""results/judge.py, against a client that is none."""
 from types import SimpleNamespace
 
 import pytest
@@ -22,10 +22,10 @@ def test_the_judge_hears_both_orders_and_its_verdicts_are_kept(work, monkeypatch
         return SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content=heard[-1]))])
     client = SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
     monkeypatch.setattr(openai, "OpenAI", lambda **settings: client)
-    args = SimpleNamespace(judge_url="http://x/v1", judge_model="m", judge_options={"temperature": 0}, out="out/r")
+    args = SimpleNamespace(judge_url="http://x/v1", judge_model="m", judge_options={"temperature": 0}, answers="out/r")
     triples = [(f"{key}?", "mine", "theirs") for key in SAYS] + [("same?", "equal", "equal")]
     for calls in (12, 0):
         heard.clear()
-        counts = script("eval_rolellm").judged(args, "Old Captain", "d", triples)
+        counts = script("results.judge").judged(args, "Old Captain", "d", triples)
         assert counts == {"W": 3, "T": 2, "L": 1, "unparsable": 1, "both_orders": 3, "win_rate": (3 + 2 / 2) / 6}
         assert len(heard) == calls

@@ -56,10 +56,10 @@ MODELS = {                                                  # case: (a good fold
     "linear attention": ("qwen3", edit("config.json", **HYBRID), ["qwen3_next", "linear_attention"]),
     "no chat template": ("smol", lambda f: (f / "chat_template.jinja").unlink(), ["chat template"]),
     "a template that refuses": ("smol", template("{{ raise_exception('no system') }}"), ["no system"]),
-    "a template that drops a system message": ("smol", template(NO_SYSTEM), ["template and message"]),
-    "a space before every piece": ("smol", edit("tokenizer.json", pre_tokenizer=SPACED), ["template and message"]),
+    "a template that drops a system message": ("smol", template(NO_SYSTEM), ["found False"]),
+    "a space before every piece": ("smol", edit("tokenizer.json", pre_tokenizer=SPACED), ["found False"]),
     "no end of a turn": ("smol", no_end, ["end of turn", "[]"]),
-    "no such folder": ("smol", shutil.rmtree, ["no such folder", "python models/prepare.py"]),
+    "no such folder": ("smol", shutil.rmtree, ["No such file", "python models/prepare.py"]),
 }
 
 
@@ -77,6 +77,7 @@ def test_a_model_that_cannot_be_right_is_refused_before_training(case, checkpoin
 
 FILES = {                                                   # case: (script, arguments, files, words of the message)
     "no prompt": ("stage1_recon", ["--prompt", "nope.txt"], {}, ["nope.txt", "text"]),
+    "a prompt not in UTF-8": ("stage2_kd", ["--prompt", "l.txt"], {"l.txt": b"\xe9t\xe9"}, ["l.txt", "UTF-8"]),
     "an empty prompt": ("stage1_recon", ["--prompt", "e.txt"], {"e.txt": b" \n\n"}, ["e.txt", "empty"]),
     "a prompt too long": ("stage1_recon", ["--prompt", "l.txt"], {"l.txt": " ".join(SENTENCES * 20).encode()},
                           ["at most 1024 tokens", "shorten"]),
@@ -101,8 +102,8 @@ FILES = {                                                   # case: (script, arg
     "an --out that is no place": ("stage1_recon", [*PROMPT, "--out", "p.txt/be.pt"], {}, ["p.txt/be.pt", "--out"]),
     "a question to another model": ("infer", ["--query", "Why?", "--be", "other.pt"], {}, ["other.pt", "other"]),
     "an empty question": ("infer", ["--query", "  "], {}, ["--query", "empty"]),
-    "an endless question": ("infer", ["--query", " ".join(SENTENCES * 20)], {}, ["shorten the question"]),
-    "no test queries": ("eval_kl", ["--queries", "nope.txt"], {}, ["nope.txt", "--queries"]),
+    "an endless question": ("infer", ["--query", " ".join(SENTENCES * 20)], {}, ["shorten it"]),
+    "no test queries": ("eval_kl", ["--queries", "nope.txt"], {}, ["nope.txt", "python queries.py"]),
     "queries to be found already there": ("queries", [*PROMPT], {}, ["p.queries.txt", "--out"]),
 }
 

@@ -8,8 +8,8 @@ from conftest import ROOT, script
 
 BLOCK = re.compile(r"^# --- shared: ([\w ,-]+?) -+\n(.*?)^# --- end shared -+\n", re.S | re.M)
 # a script that wants more lines gives some back elsewhere
-LINES = {"stage0_ae": 320, "stage1_recon": 285, "stage2_kd": 495, "queries": 120, "infer": 265, "eval_kl": 360,
-         "eval_gsm8k": 375, "eval_rolellm": 420, "export": 300}
+LINES = {"stage0_ae": 310, "stage1_recon": 280, "stage2_kd": 485, "queries": 130, "infer": 230, "eval_kl": 335,
+         "eval_gsm8k": 370, "eval_rolellm": 375, "export": 300}
 SCRIPTS = {path.stem: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.py"))}
 PYTHON = [p for p in ROOT.rglob("*.py") if not {"results", "tests"} & {*p.relative_to(ROOT).parts[:1]}
           and not any(part.startswith(".") for part in p.relative_to(ROOT).parts)]
@@ -42,7 +42,7 @@ def test_a_script_is_no_larger_than_its_idea(name):
 
 def test_the_house_is_no_larger_than_it_should_be():
     assert SCRIPTS.keys() == LINES.keys()
-    assert sum(path.read_text(encoding="utf-8").count("\n") for path in PYTHON) <= 3200
+    assert sum(path.read_text(encoding="utf-8").count("\n") for path in PYTHON) <= 3100
     for path in [*PYTHON, *ROOT.glob("tests/**/*.py"), *ROOT.glob("results/*.py")]:
         wide = [n for n, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1) if len(line) > 120]
         assert not wide, f"{path}: wider than 120 columns: lines {wide}"
