@@ -2,7 +2,7 @@
 
     make test-serving           # vLLM stands in .venv-vllm or NANOBE_VLLM_VENV (requirements-serving.txt)
 """
-import contextlib, functools, json, os, signal, socket, subprocess, sys, urllib.error, urllib.request
+import contextlib, functools, json, os, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,10 +16,7 @@ MODEL = "models/smollm2-135m"
 ROLES = ["Walt_Kowalski", "Jack_Sparrow"]
 LIMIT = 24
 QUERIES = (ROOT / "prompts/pirate.test.txt").read_text(encoding="utf-8").splitlines()[:20]
-VLLM = ["-m", "vllm.entrypoints.openai.api_server", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager",
-        "--block-size", "32"]
-QUIET = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
-         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+server, VLLM = script("results/serving").server, script("results/serving").VLLM
 
 
 @pytest.fixture(scope="module")
@@ -46,50 +43,32 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def said(infer, frozen):
-    """The untouched model's own greedy answers: said(role or None, system message, query) -> text."""
+    """The untouched model's own greedy answers: said(role or None, system message, query) -> token ids."""
     model, tokenizer = frozen
 
     @functools.cache
     def answer(role, system, query):
         turns, be = [{"role": "user", "content": query}], torch.zeros(1, model.config.hidden_size)
-        token = [tokenizer.convert_tokens_to_ids(system)]
-        ids = infer.chat_ids(tokenizer, [{"role": "system", "content": token}] + turns)
+        system = tokenizer(system, add_special_tokens=False)["input_ids"]           # a token's name is the token here
+        ids = infer.chat_ids(tokenizer, [{"role": "system", "content": system}] + turns)
         if role:
             be = torch.load(ROOT / f"artifacts/roles/{role}.pt", weights_only=True)["vector"]
             ids = infer.layout_ids(tokenizer, "chat", [-1], turns)
-        return tokenizer.decode(list(infer.speak(model, ids, be, LIMIT)), skip_special_tokens=True)
+        return list(infer.speak(model, ids, be, LIMIT))
     return answer
 
 
-@contextlib.contextmanager
-def server(python, arguments, log):
-    """`python ...` with --port, as a server of its own process group -> the openai client; waits until it is up."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [python, *map(str, arguments), "--host", "127.0.0.1", "--port", str(port)]
-    with open(log, "w") as f:
-        child = subprocess.Popen(command, cwd=ROOT, stdout=f, stderr=f, env=os.environ | QUIET, start_new_session=True)
-    try:
-        while True:
-            assert child.poll() is None, f"the server ended:\n{log.read_text()[-3000:]}"
-            with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(1)
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=600, max_retries=0)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-
-
-def ask(client, model, system, query):
+def ask(client, model, system, query, **more):
     messages = [system if isinstance(system, dict) else {"role": "system", "content": system},
                 {"role": "user", "content": query}]
-    answer = client.chat.completions.create(model=str(model), messages=messages, temperature=0, max_tokens=LIMIT)
-    return answer.choices[0].message.content
+    return client.chat.completions.create(model=str(model), messages=messages, temperature=0, max_tokens=LIMIT,
+                                          **more).choices[0]
+
+
+def ask_vllm(client, model, system, query):
+    """-> the answer's token ids, without the one that ends the turn, as infer.py has them."""
+    answer = ask(client, model, system, query, extra_body={"return_token_ids": True})
+    return answer.token_ids[:-1] if answer.finish_reason == "stop" else answer.token_ids
 
 
 @pytest.fixture(scope="module")
@@ -118,22 +97,25 @@ def lora(vllm, folder):
 
 def test_an_adapter_answers_as_infer_does(lora, token, said):
     for query in QUERIES:
-        assert ask(lora, ROLES[0], token, query) == said(ROLES[0], token, query)
+        assert ask_vllm(lora, ROLES[0], token, query) == said(ROLES[0], token, query)
 
 
 def test_two_adapters_and_the_base_model_in_turn(lora, token, said):
     """The same system message and query to each: a shared prefix cache would show."""
     for query in QUERIES[:8]:
         for role in (*ROLES, None, *ROLES[::-1]):
-            assert ask(lora, role or MODEL, token, query) == said(role, token, query)
-    assert len({said(role, token, QUERIES[0]) for role in (*ROLES, None)}) == 3
+            assert ask_vllm(lora, role or MODEL, token, query) == said(role, token, query)
+    assert len({tuple(said(role, token, QUERIES[0])) for role in (*ROLES, None)}) == 3       # else it shows nothing
 
 
 def test_32_requests_8_at_once(lora, token, said):
-    jobs = [((*ROLES, None)[i % 3], QUERIES[i % 8]) for i in range(32)]
+    """The base model is asked without the token: in vLLM 0.32 on a CPU a request without an adapter that shares a batch
+    with one that has one is given that adapter, too (vLLM's pull request 48421), which only moves that token's row."""
+    asked = [(ROLES[0], token), (ROLES[1], token), (None, "You are a helpful assistant.")]
+    jobs = [(*asked[i % 3], QUERIES[i % 8]) for i in range(32)]
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda job: ask(lora, job[0] or MODEL, token, job[1]), jobs))
-    assert answers == [said(role, token, query) for role, query in jobs]
+        answers = list(pool.map(lambda job: ask_vllm(lora, job[0] or MODEL, *job[1:]), jobs))
+    assert answers == [said(*job) for job in jobs]
 
 
 def test_prompt_embeds_answer_as_infer_does(vllm, folder, token, said):
@@ -141,32 +123,34 @@ def test_prompt_embeds_answer_as_infer_does(vllm, folder, token, said):
         for role in ROLES:
             message = json.loads((folder / f"{role}.json").read_text())
             for query in QUERIES[:5]:
-                assert ask(client, MODEL, message, query) == said(role, token, query)
+                assert ask_vllm(client, MODEL, message, query) == said(role, token, query)
 
 
 def test_the_checkpoint_answers_as_infer_does(vllm, folder, token, said):
     with server(vllm, [*VLLM, "--model", folder / "checkpoint"], folder / "checkpoint.log") as client:
         for query in QUERIES:
-            assert ask(client, folder / "checkpoint", "<|be:checkpoint|>", query) == said(ROLES[0], token, query)
+            assert ask_vllm(client, folder / "checkpoint", "<|be:checkpoint|>", query) == said(ROLES[0], token, query)
 
 
-def test_transformers_serve_answers_as_infer_does(folder, token, said):
+def test_transformers_serve_answers_as_infer_does(folder, frozen, token, said):
     pytest.importorskip("fastapi", reason="pip install 'transformers[serving]'")
     command = [Path(sys.executable).with_name("transformers"), "serve", folder / "checkpoint", "--device", "cpu"]
     with server(sys.executable, command, folder / "serve.log") as client:
         for query in QUERIES:
-            assert ask(client, folder / "checkpoint", "<|be:checkpoint|>", query) == said(ROLES[0], token, query)
+            answer = ask(client, folder / "checkpoint", "<|be:checkpoint|>", query).message.content
+            assert answer == frozen[1].decode(said(ROLES[0], token, query), skip_special_tokens=True)
 
 
 def test_peft_answers_as_infer_does(folder, frozen, token, said):
     peft = pytest.importorskip("peft")
-    model, tokenizer = frozen
+    (model, tokenizer), expected = frozen, [said(ROLES[0], token, query) for query in QUERIES]   # before it is changed
     model = peft.PeftModel.from_pretrained(model, folder / "adapters" / ROLES[0])
     with contextlib.ExitStack() as stack:
         stack.callback(model.unload)                        # the fixture's model is as it was after this
-        for query in QUERIES:
+        for query, answer in zip(QUERIES, expected):
             messages = [{"role": "system", "content": token}, {"role": "user", "content": query}]
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt",
                                                 return_dict=False)
             out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=LIMIT, do_sample=False)
-            assert tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True) == said(ROLES[0], token, query)
+            out = out[0, ids.shape[1]:].tolist()
+            assert [i for i in out if i not in model.generation_config.eos_token_id] == answer
