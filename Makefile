@@ -28,9 +28,10 @@ $(DEMO)/be.kl.json: $(DEMO)/be.done
 
 # the demo's [BE] on a real server, beside the base model, until ctrl-C; vLLM's own venv takes 3 GB and some minutes
 serve: $(DEMO)/be.done | $(VLLM)/installed
-	[ -e $(DEMO)/served/pirate ] || $(BIN)/python export.py $(DEMO)/be.pt --adapter $(DEMO)/served/pirate
-	HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 $(VLLM)/bin/python -m vllm.entrypoints.openai.api_server \
-	    --model models/smollm2-135m --enable-lora --lora-modules pirate=$(DEMO)/served/pirate \
+	$(BIN)/python export.py $(DEMO)/be.pt --adapter $(DEMO)/served/pirate --overwrite
+	HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 \
+	    $(VLLM)/bin/python -m vllm.entrypoints.openai.api_server --model models/smollm2-135m \
+	    --enable-lora --lora-target-modules embed_tokens --max-lora-rank 1 --lora-modules pirate=$(DEMO)/served/pirate \
 	    --host 127.0.0.1 --port $(PORT) --max-model-len 2048 --enforce-eager --block-size 32
 
 test: .venv/installed

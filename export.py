@@ -269,7 +269,10 @@ def main():
         files["nanobe.json"], served = abouts, names[0]
         system = json.dumps({"role": "system", "content": abouts[0]["system message"]})
         more = json.dumps({"lora_name": names[0], "lora_path": modules[0].partition("=")[2]})
-        lines = [f"{vllm} {engine} --enable-lora --max-loras {len(names)} --lora-modules {' '.join(modules)}",
+        # by default vLLM has room for rank 16 in every layer, and its CPU code multiplies all that emptiness
+        rank = next(r for r in (1, 8, 16, 32, 64, 128, 256, 512) if r >= max(len(about["ids"]) for about in abouts))
+        lines = [f"{vllm} {engine} --enable-lora --lora-target-modules embed_tokens --max-lora-rank {rank} --max-loras "
+                 f"{len(names)} --lora-modules {' '.join(modules)}",
                  f"or, where it runs with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1: {curl}/load_lora_adapter -d '{more}'"]
         if model.config.model_type == "qwen2":
             lines = ["vLLM takes no LoRA on a Qwen2's embeddings: export with --prompt-embeds or --out for it"]

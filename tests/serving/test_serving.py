@@ -16,7 +16,8 @@ MODEL = "models/smollm2-135m"
 ROLES = ["Walt_Kowalski", "Jack_Sparrow"]
 LIMIT = 24
 QUERIES = (ROOT / "prompts/pirate.test.txt").read_text(encoding="utf-8").splitlines()[:20]
-server, VLLM = script("results/serving").server, script("results/serving").VLLM
+bench = script("results/serving")
+server, VLLM = bench.server, bench.VLLM
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def token(folder):
 def lora(vllm, folder):
     """The base model with the first adapter, its prefix cache on; the second is loaded while it runs."""
     walt = f"{ROLES[0]}={folder / 'adapters' / ROLES[0]}"
-    arguments = [*VLLM, "--model", MODEL, "--enable-lora", "--max-loras", 2, "--lora-modules", walt]
+    arguments = [*VLLM, *bench.LORA, "--max-loras", 2, "--model", MODEL, "--lora-modules", walt]
     with server(vllm, arguments, folder / "lora.log") as client:
         client.post("/load_lora_adapter", cast_to=str, body={
             "lora_name": ROLES[1], "lora_path": str(folder / "adapters" / ROLES[1])})
