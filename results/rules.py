@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from stage2_kd import (
-    answer, beside, chat_ids, fingerprint, layout_ids, load, load_frozen, prompt_ids, read_prompt)
+    answer, beside, chat_ids, fail, fingerprint, layout_ids, load, load_frozen, prompt_ids, read_prompt)
 
 COMPETITORS = "StoreKing|BoxCastle|Lock and Go"
 CATEGORIES = {"PRICE", "ACCESS", "BOOKING", "URGENT", "OTHER"}
@@ -157,7 +157,8 @@ def main():
     rows = rows[:args.n]
     model, tokenizer = load_frozen(args.model)
     for path in artifacts:
-        load(path, "be", "stage 2", model)
+        if load(path, "be", "stage 2", model)["messages"] != messages:
+            fail(f"{path}: expected a vector of {args.prompt}, found one of another prompt; train it anew")
 
     # what is fed in each condition, without [BE] itself; a key says all that decides an answer but for rounding
     turns = [[{"role": "user", "content": row["query"]}] for row in rows]
