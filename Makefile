@@ -9,7 +9,7 @@ VLLM   := $(or $(NANOBE_VLLM_VENV),.venv-vllm)
 
 # A prompt file becomes one vector that answers like it; a step whose file is there is skipped. Reconstruction gains
 # nothing that can be measured on this model (results/ablations.md), so the seconds go to distillation: ten steps of
-# stage 1 show it, and lambda is 1 in stage 2. Without these two options both stages do as the paper does, and take longer.
+# stage 1 show it, and lambda is 1 in stage 2. Without these two options the stages do as the paper does.
 demo: $(DEMO)/be.kl.json
 	@$(BIN)/python infer.py --be $(DEMO)/be.pt --compare --max-new-tokens 60 \
 	    --query "What do you think of tax collectors?" "How do I cook rice so that it does not stick?" \
