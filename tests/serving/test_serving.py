@@ -123,7 +123,7 @@ def test_prompt_embeds_answer_as_infer_does(vllm, folder, token, said):
     with server(vllm, [*VLLM, "--model", MODEL, "--enable-prompt-embeds"], folder / "embeds.log") as client:
         for role in ROLES:
             message = json.loads((folder / f"{role}.json").read_text())
-            for query in QUERIES[:5]:
+            for query in QUERIES[:10]:
                 assert ask_vllm(client, MODEL, message, query) == said(role, token, query)
 
 
