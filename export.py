@@ -276,6 +276,7 @@ def main():
                  f"or, where it runs with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1: {curl}/load_lora_adapter -d '{more}'"]
         if model.config.model_type == "qwen2":
             lines = ["vLLM takes no LoRA on a Qwen2's embeddings: export with --prompt-embeds or --out for it"]
+            served = ""                                     # no server, so no curl
         lines.append(f"or, in Python: peft.PeftModel.from_pretrained(model, '{modules[0].partition('=')[2]}')")
         if args.out:
             files |= checkpoint_files([be["vector"] for be in artifacts], abouts, model, tokenizer, args.dtype)
@@ -283,8 +284,8 @@ def main():
     write(out, files)
     body = {"model": served, "messages": ["SYSTEM", asked], "temperature": 0, "max_tokens": 60,
             "chat_template_kwargs": TEMPLATE}               # the chat template as it was in training
-    body = json.dumps(body).replace('"SYSTEM"', system)
-    print(f"wrote {out}\n", *lines, f"{curl}/chat/completions -d @- <<END", body, "END", sep="\n")
+    ask = [f"{curl}/chat/completions -d @- <<END", json.dumps(body).replace('"SYSTEM"', system), "END"]
+    print(f"wrote {out}\n", *lines, *(ask if served else []), sep="\n")
 
 
 if __name__ == "__main__":

@@ -68,9 +68,10 @@ def test_the_adapter_opened_by_peft_equals_inputs_embeds(case, checkpoints):
     weights = safetensors.torch.load_file(folder / "served/captain/adapter_model.safetensors")
     assert sorted(map(len, weights.values())) == sorted([len(vector), 64])      # A and B, and no table
     assert "40 tokens" in (folder / "served/captain/README.md").read_text()
-    assert about["system message"] in r.out and "captain" in r.out and "curl" in r.out
+    assert about["system message"] in r.out and "captain" in r.out
     told = "--enable-lora" if model.config.model_type != "qwen2" else "export with --prompt-embeds or --out"
-    assert told in r.out and ("--enable-lora" in r.out) == (told == "--enable-lora")    # vLLM has none for Qwen2
+    assert told in r.out                                    # vLLM has none for Qwen2: no line to start it, no curl
+    assert all((word in r.out) == (told == "--enable-lora") for word in ("--enable-lora", "curl"))
     no_secret(folder / "served")
 
 
