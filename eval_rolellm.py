@@ -121,10 +121,12 @@ def chat_ids(tokenizer, messages, generate=True):
     for m, after in zip(messages, words[1:]):
         ids = ids + (text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]) + after
     if len(ids) > tokenizer.model_max_length:
-        fail(f"expected at most {tokenizer.model_max_length} tokens, the model's context, found {len(ids)}; shorten it")
+        fail(f"expected at most {tokenizer.model_max_length} tokens, as many as fit, found {len(ids)}; shorten it")
     return ids
+# --- end shared -------------------------------------------------------------------------------
 
 
+# --- shared: layout ---------------------------------------------------------------------------
 def later_turns(tokenizer, turns):
     """turns as they follow an answer: BOS or [], and the rest. So no system message is rendered alone: some templates
     refuse that, others move it."""
@@ -158,11 +160,12 @@ def fingerprint(model):
 def load(path, kind, maker, model=None):
     """A whole artifact of this kind, made for this model; else one line that names the command that makes it."""
     try:
-        broken = zipfile.ZipFile(beside(path)).testzip()    # the zip's own checksums
+        if zipfile.ZipFile(beside(path)).testzip():         # the zip's own checksums
+            raise ValueError("a wrong checksum")
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
         found, mark = artifact["kind"], artifact["model"]["fingerprint"]
-        if broken or found != kind or model and mark != fingerprint(model):
-            raise ValueError(f"{found} for {artifact['model']['name']}, broken: {broken}")
+        if found != kind or model and mark != fingerprint(model):
+            raise ValueError(f"{found} made for the weights of {artifact['model']['name']}")
     except Exception as e:                                  # a damaged file raises many types; each means the same
         fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
     return artifact
@@ -201,14 +204,14 @@ def answer(model, rows, learned, limit, pack_tokens=4096):
         return body(None, mask, positions[None].to(model.device), cache, embeds).last_hidden_state[0]
 
     body, weight, stop = model.get_decoder(), model.get_output_embeddings().weight, model.generation_config.eos_token_id
-    n, prompt, answers, hidden = shared_length(rows), transformers.DynamicCache(), {}, {}
+    n, beginning, answers, hidden = shared_length(rows), transformers.DynamicCache(), {}, {}
     if n:
-        read(torch.tensor(rows[0][:n]), torch.arange(n), prompt)
+        read(torch.tensor(rows[0][:n]), torch.arange(n), beginning)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     size = max(1, pack_tokens // (max(map(len, rows)) - n + limit))         # attention costs the square of a pack
     for part in tqdm([order[i:i + size] for i in range(0, len(order), size)], desc="answers", leave=False):
         ids, positions, owners = pack([rows[i] for i in part], n)
-        end, cache, said, states = torch.tensor([len(rows[i]) for i in part]), copy.deepcopy(prompt), [], []
+        end, cache, said, states = torch.tensor([len(rows[i]) for i in part]), copy.deepcopy(beginning), [], []
         h = read(ids[n:], positions[n:], cache, sees(model, owners, n))[(end - n).cumsum(0) - 1]        # (B, d)
         while True:
             states.append(h)

@@ -120,28 +120,8 @@ def chat_ids(tokenizer, messages, generate=True):
     for m, after in zip(messages, words[1:]):
         ids = ids + (text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]) + after
     if len(ids) > tokenizer.model_max_length:
-        fail(f"expected at most {tokenizer.model_max_length} tokens, the model's context, found {len(ids)}; shorten it")
+        fail(f"expected at most {tokenizer.model_max_length} tokens, as many as fit, found {len(ids)}; shorten it")
     return ids
-
-
-def later_turns(tokenizer, turns):
-    """turns as they follow an answer: BOS or [], and the rest. So no system message is rendered alone: some templates
-    refuse that, others move it."""
-    end = 1 << 40                                           # the answer: an id of no vocabulary, to cut after
-    said = [{"role": r, "content": c} for r, c in (("system", []), ("user", []), ("assistant", [end]))]
-    ids, closed = chat_ids(tokenizer, said + turns), chat_ids(tokenizer, said, generate=False)
-    bos = ids[:1] if ids[0] == tokenizer.bos_token_id and ids.count(ids[0]) == 1 else []    # ChatML's opens every turn
-    return bos, ids[ids.index(end) + len(closed) - closed.index(end):]
-
-
-def layout_ids(tokenizer, layout, slot, turns):
-    """What is fed in the prompt's place. slot: ids [-1, -2, ...], or [] for no prompt at all.
-    chat:   the system MESSAGE is the slot                 <sys> [BE] </sys> <user> q </user> <assistant>
-    block:  the system BLOCK is the slot (the paper's)                [BE] <user> q </user> <assistant>"""
-    if layout == "chat":
-        return chat_ids(tokenizer, [{"role": "system", "content": slot}] + turns)
-    bos, rest = later_turns(tokenizer, turns)
-    return bos + slot + rest
 # --- end shared -------------------------------------------------------------------------------
 
 
@@ -157,11 +137,12 @@ def fingerprint(model):
 def load(path, kind, maker, model=None):
     """A whole artifact of this kind, made for this model; else one line that names the command that makes it."""
     try:
-        broken = zipfile.ZipFile(beside(path)).testzip()    # the zip's own checksums
+        if zipfile.ZipFile(beside(path)).testzip():         # the zip's own checksums
+            raise ValueError("a wrong checksum")
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
         found, mark = artifact["kind"], artifact["model"]["fingerprint"]
-        if broken or found != kind or model and mark != fingerprint(model):
-            raise ValueError(f"{found} for {artifact['model']['name']}, broken: {broken}")
+        if found != kind or model and mark != fingerprint(model):
+            raise ValueError(f"{found} made for the weights of {artifact['model']['name']}")
     except Exception as e:                                  # a damaged file raises many types; each means the same
         fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
     return artifact
@@ -237,8 +218,9 @@ def main():
         """L_AE of one text, and the share of its tokens that are right with the true past given. slot []: no trigger.
         What stands before [AE] does not depend on it: it leaves keys and values, and the graph spans the copy alone."""
         x = text_ids(tokenizer, text)[:longest]
-        ids, target = (torch.tensor(i, device=model.device) for i in ([words + x + slot + x], x + [end]))   # (1, T)
-        n = len(target)                                                                             # of copy and end
+        # (1, T) and (n,)
+        ids, target = (torch.tensor(i, device=model.device) for i in ([words + x + slot + x], x + [end]))
+        n = len(target)                                         # the last n that are fed predict the n of copy and end
         cache = transformers.DynamicCache()
         with torch.no_grad():
             body(ids[:, :-n], None, None, cache)

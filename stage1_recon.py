@@ -118,10 +118,12 @@ def chat_ids(tokenizer, messages, generate=True):
     for m, after in zip(messages, words[1:]):
         ids = ids + (text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]) + after
     if len(ids) > tokenizer.model_max_length:
-        fail(f"expected at most {tokenizer.model_max_length} tokens, the model's context, found {len(ids)}; shorten it")
+        fail(f"expected at most {tokenizer.model_max_length} tokens, as many as fit, found {len(ids)}; shorten it")
     return ids
+# --- end shared -------------------------------------------------------------------------------
 
 
+# --- shared: layout ---------------------------------------------------------------------------
 def later_turns(tokenizer, turns):
     """turns as they follow an answer: BOS or [], and the rest. So no system message is rendered alone: some templates
     refuse that, others move it."""
@@ -181,11 +183,12 @@ def fingerprint(model):
 def load(path, kind, maker, model=None):
     """A whole artifact of this kind, made for this model; else one line that names the command that makes it."""
     try:
-        broken = zipfile.ZipFile(beside(path)).testzip()    # the zip's own checksums
+        if zipfile.ZipFile(beside(path)).testzip():         # the zip's own checksums
+            raise ValueError("a wrong checksum")
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
         found, mark = artifact["kind"], artifact["model"]["fingerprint"]
-        if broken or found != kind or model and mark != fingerprint(model):
-            raise ValueError(f"{found} for {artifact['model']['name']}, broken: {broken}")
+        if found != kind or model and mark != fingerprint(model):
+            raise ValueError(f"{found} made for the weights of {artifact['model']['name']}")
     except Exception as e:                                  # a damaged file raises many types; each means the same
         fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
     return artifact

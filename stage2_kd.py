@@ -43,7 +43,7 @@ def settings():
     add("--batch", type=int, default=4, help="queries a step; many small steps beat few large ones")
     add("--lr", type=float, help="peak; None is 0.9 standard deviations of the embedding table")
     add("--answer-tokens", type=int, default=32, help="the teacher's answers are cut here")
-    add("--held-out", type=float, default=0.15, help="share of the queries that only choose the best vector")
+    add("--held-out", type=float, default=0.15, help="share of the queries that choose the best vector, at most 32")
     add("--eval-every", type=int, default=50, help="steps between two looks at the held-out queries, and two saves")
     add("--seed", type=int, default=0, help="of the start, the split and the order of queries")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="auto: the first that is there")
@@ -129,10 +129,12 @@ def chat_ids(tokenizer, messages, generate=True):
     for m, after in zip(messages, words[1:]):
         ids = ids + (text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]) + after
     if len(ids) > tokenizer.model_max_length:
-        fail(f"expected at most {tokenizer.model_max_length} tokens, the model's context, found {len(ids)}; shorten it")
+        fail(f"expected at most {tokenizer.model_max_length} tokens, as many as fit, found {len(ids)}; shorten it")
     return ids
+# --- end shared -------------------------------------------------------------------------------
 
 
+# --- shared: layout ---------------------------------------------------------------------------
 def later_turns(tokenizer, turns):
     """turns as they follow an answer: BOS or [], and the rest. So no system message is rendered alone: some templates
     refuse that, others move it."""
@@ -192,11 +194,12 @@ def fingerprint(model):
 def load(path, kind, maker, model=None):
     """A whole artifact of this kind, made for this model; else one line that names the command that makes it."""
     try:
-        broken = zipfile.ZipFile(beside(path)).testzip()    # the zip's own checksums
+        if zipfile.ZipFile(beside(path)).testzip():         # the zip's own checksums
+            raise ValueError("a wrong checksum")
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
         found, mark = artifact["kind"], artifact["model"]["fingerprint"]
-        if broken or found != kind or model and mark != fingerprint(model):
-            raise ValueError(f"{found} for {artifact['model']['name']}, broken: {broken}")
+        if found != kind or model and mark != fingerprint(model):
+            raise ValueError(f"{found} made for the weights of {artifact['model']['name']}")
     except Exception as e:                                  # a damaged file raises many types; each means the same
         fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
     return artifact
@@ -248,14 +251,14 @@ def answer(model, rows, learned, limit, pack_tokens=4096):
         return body(None, mask, positions[None].to(model.device), cache, embeds).last_hidden_state[0]
 
     body, weight, stop = model.get_decoder(), model.get_output_embeddings().weight, model.generation_config.eos_token_id
-    n, prompt, answers, hidden = shared_length(rows), transformers.DynamicCache(), {}, {}
+    n, beginning, answers, hidden = shared_length(rows), transformers.DynamicCache(), {}, {}
     if n:
-        read(torch.tensor(rows[0][:n]), torch.arange(n), prompt)
+        read(torch.tensor(rows[0][:n]), torch.arange(n), beginning)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     size = max(1, pack_tokens // (max(map(len, rows)) - n + limit))         # attention costs the square of a pack
     for part in tqdm([order[i:i + size] for i in range(0, len(order), size)], desc="answers", leave=False):
         ids, positions, owners = pack([rows[i] for i in part], n)
-        end, cache, said, states = torch.tensor([len(rows[i]) for i in part]), copy.deepcopy(prompt), [], []
+        end, cache, said, states = torch.tensor([len(rows[i]) for i in part]), copy.deepcopy(beginning), [], []
         h = read(ids[n:], positions[n:], cache, sees(model, owners, n))[(end - n).cumsum(0) - 1]        # (B, d)
         while True:
             states.append(h)
@@ -390,13 +393,13 @@ def main():
           f"{len(train)} queries to train on, {len(held)} held out")
     key = json.dumps([fingerprint(model), str(model.dtype), full, model.generation_config.eos_token_id,
                       args.answer_tokens])
-    teacher = Path(args.out).with_name(f"teacher-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt")
-    if rank == 0 and not teacher.exists():
+    teacher_file = Path(args.out).with_name(f"teacher-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt")
+    if rank == 0 and not teacher_file.exists():
         answers, hidden = answer(model, full, start, args.answer_tokens)
-        save(teacher, answers=answers, hidden=hidden)
+        save(teacher_file, answers=answers, hidden=hidden)
     if world > 1:
         torch.distributed.barrier()
-    answers, taught = torch.load(teacher, mmap=True, weights_only=True).values()            # taught: (T, d) for each
+    answers, taught = torch.load(teacher_file, mmap=True, weights_only=True).values()     # taught: (T, d) for each
 
     @torch.no_grad()
     def held_out_kl(fed, vector):
@@ -443,7 +446,7 @@ def main():
             kd = HeadKL.apply(student, teacher_h, weight, args.tau).sum() / tokens
         (args.lam * kd).backward()
         if rank == 0 and args.lam < 1 and step % args.recon_every == 0:
-            model.set_attn_implementation(model.long_rows)
+            model.set_attn_implementation(model.long_rows)      # one row, no mask; a pack has one
             with autocast:                                      # [BE] [AE] in; out, the prompt
                 embeds = embed(model, recon_ids, torch.cat([be, ae]))
                 hidden = body(inputs_embeds=embeds, use_cache=False).last_hidden_state[0, -len(s):]     # (m, d)

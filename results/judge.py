@@ -52,6 +52,8 @@ def judged(args, role, description, triples):
             body = {"model": args.judge_model, "messages": [{"role": "user", "content": ask}], **args.judge_options}
             key = hashlib.sha256(json.dumps([body]).encode()).hexdigest()
             if key not in verdicts:
+                if not client:
+                    fail("expected --judge-url, as there are pairs without a verdict")
                 try:
                     reply = client.chat.completions.create(**body).choices[0].message.content or ""
                 except Exception as e:                      # servers fail in many ways; each means the same

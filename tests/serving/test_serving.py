@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT, script
 
 pytestmark = pytest.mark.serving
@@ -27,7 +28,10 @@ def infer():
 
 @pytest.fixture(scope="module")
 def frozen(infer):
-    return infer.load_frozen(MODEL, "cpu")
+    model, tokenizer = infer.load_frozen(MODEL, "cpu")
+    ends = model.generation_config.eos_token_id             # as in infer.py: these alone
+    model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=ends[0])
+    return model, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +59,9 @@ def said(infer, frozen):
         if role:
             be = torch.load(ROOT / f"artifacts/roles/{role}.pt", weights_only=True)["vector"]
             ids = infer.layout_ids(tokenizer, "chat", [-1], turns)
-        return list(infer.speak(model, ids, be, LIMIT))
+        embeds = infer.embed(model, torch.tensor([ids]), be)
+        said = model.generate(inputs_embeds=embeds, max_new_tokens=LIMIT)[0].tolist()
+        return said[:-1] if said[-1] in model.generation_config.eos_token_id else said
     return answer
 
 
