@@ -7,21 +7,19 @@ VLLM   := $(or $(NANOBE_VLLM_VENV),.venv-vllm)
 
 .PHONY: demo serve test test-slow test-serving clean
 
-# A prompt file becomes one vector that answers like it; a step whose file is there is skipped. Reconstruction gains
-# nothing that can be measured on this model (results/ablations.md), so the seconds go to distillation: ten steps of
-# stage 1 show it, and lambda is 1 in stage 2. Without these two options the stages do as the paper does.
+# a prompt file becomes one vector that answers like it; a step whose file is there is skipped
 demo: $(DEMO)/be.kl.json
 	@$(BIN)/python infer.py --be $(DEMO)/be.pt --compare --max-new-tokens 60 \
 	    --query "What do you think of tax collectors?" "How do I cook rice so that it does not stick?" \
 	    "I had a bad day at work. Any advice?"
 
 $(DEMO)/recon.done: | .venv/installed $(MODEL)
-	$(BIN)/python stage1_recon.py --prompt prompts/pirate.txt --steps 10 --out $(DEMO)/recon.pt \
+	$(BIN)/python stage1_recon.py --prompt prompts/pirate.txt --out $(DEMO)/recon.pt \
 	    $(if $(wildcard $(DEMO)/recon.pt),--resume)
 	@touch $@
 
 $(DEMO)/be.done: $(DEMO)/recon.done
-	$(BIN)/python stage2_kd.py --prompt prompts/pirate.txt --lam 1 --init $(DEMO)/recon.pt --out $(DEMO)/be.pt \
+	$(BIN)/python stage2_kd.py --prompt prompts/pirate.txt --init $(DEMO)/recon.pt --out $(DEMO)/be.pt \
 	    $(if $(wildcard $(DEMO)/be.pt),--resume)
 	@touch $@
 
