@@ -50,8 +50,8 @@ def fail(message):
 
 
 def beside(path):
-    """What is not in the current folder is looked for beside this script: models/, artifacts/, prompts/."""
-    return Path(path) if Path(path).exists() else Path(__file__).resolve().parent / path
+    """What the project ships and is not in the current folder is looked for beside this script. out/ stays here."""
+    return Path(path) if Path(path).exists() or str(path)[:4] == "out/" else Path(__file__).resolve().parent / path
 
 
 def load_frozen(name, device="auto"):
@@ -73,6 +73,7 @@ def load_frozen(name, device="auto"):
         joint = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, **TEMPLATE)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+        model = model.to(device).requires_grad_(False).eval()
         ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
         ends = sorted({*ends} - {None})                     # folders disagree on what ends a turn: each of these does
         whole = chat_ids(tokenizer, chat) == joint          # no message is left out, moved, or joined to other words
@@ -87,7 +88,7 @@ def load_frozen(name, device="auto"):
     factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest counts it
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
-    return model.to(device).requires_grad_(False).eval(), tokenizer
+    return model, tokenizer
 # --- end shared -------------------------------------------------------------------------------
 
 
@@ -310,8 +311,7 @@ def main():
         fed = {"full": [chat_ids(tokenizer, be["messages"] + chat) for chat in chats],
                "be": [layout_ids(tokenizer, be["layout"], slot, chat) for chat in chats],
                "none": [layout_ids(tokenizer, be["layout"], [], chat) for chat in chats]}
-        r = {"role": role, "n": len(chats), "prompt_tokens": be["tokens"], "k": len(slot), "layout": be["layout"],
-             "held_out_gap_closed": be["metrics"].get("held_out_gap_closed")}
+        r = {"role": role, "n": len(chats), "prompt_tokens": be["tokens"], "k": len(slot), "layout": be["layout"]}
 
         # the answers, those that are not there yet
         said = {}

@@ -40,8 +40,8 @@ def fail(message):
 
 
 def beside(path):
-    """What is not in the current folder is looked for beside this script: models/, artifacts/, prompts/."""
-    return Path(path) if Path(path).exists() else Path(__file__).resolve().parent / path
+    """What the project ships and is not in the current folder is looked for beside this script. out/ stays here."""
+    return Path(path) if Path(path).exists() or str(path)[:4] == "out/" else Path(__file__).resolve().parent / path
 
 
 def load_frozen(name, device="auto"):
@@ -63,6 +63,7 @@ def load_frozen(name, device="auto"):
         joint = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, **TEMPLATE)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+        model = model.to(device).requires_grad_(False).eval()
         ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
         ends = sorted({*ends} - {None})                     # folders disagree on what ends a turn: each of these does
         whole = chat_ids(tokenizer, chat) == joint          # no message is left out, moved, or joined to other words
@@ -77,7 +78,7 @@ def load_frozen(name, device="auto"):
     factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest counts it
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
-    return model.to(device).requires_grad_(False).eval(), tokenizer
+    return model, tokenizer
 # --- end shared -------------------------------------------------------------------------------
 
 
@@ -166,6 +167,8 @@ def main():
     args = settings()
     if not all(query.strip() for query in args.query):
         fail("--query: expected a question, found an empty one")
+    if args.max_new_tokens < 1:
+        fail(f"--max-new-tokens: expected at least 1, found {args.max_new_tokens}")
     maker = "python stage1_recon.py --prompt p.txt, then python stage2_kd.py --prompt p.txt"
     artifact = load(args.be, "be", maker)
     model, tokenizer = load_frozen(args.model or artifact["model"]["name"], args.device)

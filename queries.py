@@ -58,6 +58,8 @@ def main():
     here = Path(__file__).resolve().parent                      # models/ and prompts/ lie beside this script
     path, name = (p if Path(p).exists() else here / p for p in (args.prompt, args.model))
     out = Path(args.out or re.sub(r"\.(txt|json|md)$", "", str(path)) + ".queries.txt")
+    if args.count < 1:
+        fail(f"--count: expected at least 1, found {args.count}")
     if out.exists() or not os.access(out.parent, os.W_OK):
         fail(f"{out}: it is there already, or its folder cannot be written to; give another --out")
     try:

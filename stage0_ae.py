@@ -13,7 +13,7 @@ x_(n+1) is the end of a turn: a copy has an end. One [AE] serves every prompt; t
 Expect   the default model, an hour of one CPU core: held-out texts at 0.05 nats a token, 98.7% of tokens right
          with the true past given; without a trigger 0.53 and 92.6%.
 """
-import argparse, datetime, glob, hashlib, json, math, os, random, sys, zipfile
+import argparse, atexit, datetime, glob, hashlib, json, math, os, random, sys, zipfile
 from pathlib import Path
 
 import torch
@@ -49,8 +49,8 @@ def fail(message):
 
 
 def beside(path):
-    """What is not in the current folder is looked for beside this script: models/, artifacts/, prompts/."""
-    return Path(path) if Path(path).exists() else Path(__file__).resolve().parent / path
+    """What the project ships and is not in the current folder is looked for beside this script. out/ stays here."""
+    return Path(path) if Path(path).exists() or str(path)[:4] == "out/" else Path(__file__).resolve().parent / path
 
 
 def load_frozen(name, device="auto"):
@@ -72,6 +72,7 @@ def load_frozen(name, device="auto"):
         joint = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, **TEMPLATE)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+        model = model.to(device).requires_grad_(False).eval()
         ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
         ends = sorted({*ends} - {None})                     # folders disagree on what ends a turn: each of these does
         whole = chat_ids(tokenizer, chat) == joint          # no message is left out, moved, or joined to other words
@@ -86,7 +87,7 @@ def load_frozen(name, device="auto"):
     factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest counts it
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
-    return model.to(device).requires_grad_(False).eval(), tokenizer
+    return model, tokenizer
 # --- end shared -------------------------------------------------------------------------------
 
 
@@ -170,6 +171,7 @@ def torchrun():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group(timeout=datetime.timedelta(hours=12))     # rank 0 may be long as teacher
+        atexit.register(torch.distributed.destroy_process_group)
     if rank:
         sys.stdout = open(os.devnull, "w")
     return rank, world
@@ -194,10 +196,10 @@ def main():
     texts = read_texts(args.data)
     random.Random(args.seed).shuffle(texts)
     held, train = texts[:args.held_out], texts[args.held_out:]
-    if len(train) < args.batch or args.batch % world:
+    if len(train) < args.batch or args.batch % world or args.steps < 1:
         fail(f"--data {args.data}: expected {args.held_out} texts to hold out and at least --batch {args.batch}, a "
-             f"multiple of {world} processes, to train on; found {len(texts)} of 200 characters or more; make some "
-             "with: python data/ae_corpus/prepare.py --offline")
+             f"multiple of {world} processes, for --steps above 0; found {len(texts)} of 200 characters or more; make "
+             "some with: python data/ae_corpus/prepare.py --offline")
     if rank == 0:
         save(args.out)
     model, tokenizer = load_frozen(args.model, args.device)
@@ -218,15 +220,15 @@ def main():
         """L_AE of one text, and the share of its tokens that are right with the true past given. slot []: no trigger.
         What stands before [AE] does not depend on it: it leaves keys and values, and the graph spans the copy alone."""
         x = text_ids(tokenizer, text)[:longest]
-        # (1, T) and (n,)
-        ids, target = (torch.tensor(i, device=model.device) for i in ([words + x + slot + x], x + [end]))
-        n = len(target)                                         # the last n that are fed predict the n of copy and end
+        ids = torch.tensor([words + x + slot + x], device=model.device)                             # (1, T)
+        target = torch.tensor(x + [end], device=model.device)   # (n,): the last n that are fed predict these
+        n = len(target)
         cache = transformers.DynamicCache()
         with torch.no_grad():
             body(ids[:, :-n], None, None, cache)
         hidden = body(None, None, None, cache, embed(model, ids[:, -n:], ae)).last_hidden_state[0]  # (n, d)
-        z = hidden @ weight.T                                                                       # (n, V)
-        return F.cross_entropy(z.float(), target), (z.argmax(-1) == target).float().mean()
+        z = (hidden @ weight.T).float()                                                             # (n, V)
+        return F.cross_entropy(z, target), (z.argmax(-1) == target).float().mean()
 
     @torch.no_grad()
     def held_out_scores(slot, ae):
@@ -280,9 +282,6 @@ def main():
     for name, fed, vector in [("[AE]", slot, best), ("a random vector", slot, noise), ("no trigger", [], noise)]:
         loss, right = held_out_scores(fed, vector)
         print(f"{name:15s} {loss:.3f} nats a token, {right:.1%} of tokens right, n = {len(held)} held-out texts")
-    if world > 1:
-        torch.distributed.barrier()                             # rank 0 may still be saving
-        torch.distributed.destroy_process_group()
     print(f"wrote {args.out}\nnext: python stage1_recon.py --model {args.model} --ae {args.out} --prompt PROMPT.txt")
 
 

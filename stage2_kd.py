@@ -15,7 +15,7 @@ The teacher answers each query once, before training; of every answer token its 
 
 Expect   prompts/pirate.txt, two AVX2 cores: 11 minutes, 0.77 of the held-out gap closed, 0.63 on test queries.
 """
-import argparse, copy, datetime, hashlib, json, math, os, random, re, sys, zipfile
+import argparse, atexit, copy, datetime, hashlib, json, math, os, random, re, sys, zipfile
 from pathlib import Path
 
 import torch
@@ -58,8 +58,8 @@ def fail(message):
 
 
 def beside(path):
-    """What is not in the current folder is looked for beside this script: models/, artifacts/, prompts/."""
-    return Path(path) if Path(path).exists() else Path(__file__).resolve().parent / path
+    """What the project ships and is not in the current folder is looked for beside this script. out/ stays here."""
+    return Path(path) if Path(path).exists() or str(path)[:4] == "out/" else Path(__file__).resolve().parent / path
 
 
 def load_frozen(name, device="auto"):
@@ -81,6 +81,7 @@ def load_frozen(name, device="auto"):
         joint = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, **TEMPLATE)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+        model = model.to(device).requires_grad_(False).eval()
         ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
         ends = sorted({*ends} - {None})                     # folders disagree on what ends a turn: each of these does
         whole = chat_ids(tokenizer, chat) == joint          # no message is left out, moved, or joined to other words
@@ -95,7 +96,7 @@ def load_frozen(name, device="auto"):
     factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest counts it
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
-    return model.to(device).requires_grad_(False).eval(), tokenizer
+    return model, tokenizer
 # --- end shared -------------------------------------------------------------------------------
 
 
@@ -323,6 +324,7 @@ def torchrun():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group(timeout=datetime.timedelta(hours=12))     # rank 0 may be long as teacher
+        atexit.register(torch.distributed.destroy_process_group)
     if rank:
         sys.stdout = open(os.devnull, "w")
     return rank, world
@@ -354,19 +356,20 @@ def main():
     args = settings()
     rank, world = torchrun()
     messages = read_prompt(args.prompt)
-    beside_prompt = re.sub(r"\.(txt|json|md)$", "", args.prompt) + ".queries.txt"
-    chats = read_queries(args.queries or beside_prompt)
+    chats = read_queries(args.queries or re.sub(r"\.(txt|json|md)$", "", args.prompt) + ".queries.txt")
     random.Random(args.seed).shuffle(chats)
     held = range(min(32, max(1, round(args.held_out * len(chats)))))                # the first ones are held out
     train = range(len(held), len(chats))
-    if len(train) < args.batch or args.batch % world:
-        fail(f"expected at least --batch {args.batch} queries to train on, a multiple of {world} processes; found "
-             f"{len(train)} after {len(held)} held out; give more queries, or another --batch")
+    if min(args.k, args.steps, args.batch) < 1 or len(train) < args.batch or args.batch % world:
+        fail(f"expected --k and --steps above 0, and at least --batch {args.batch} queries to train on, a multiple of "
+             f"{world} processes; found {len(train)} after {len(held)} held out; give more queries, or another --batch")
     stage1, maker = None, f"python stage1_recon.py --prompt {args.prompt} --model {args.model}"
     if args.init != "noise":
         stage1 = load(args.init, "be", maker)
         if stage1["messages"] != messages:
             fail(f"--init {args.init}: it was made for another prompt; make one with: {maker}")
+        if (args.k, args.layout) != (1, "chat"):
+            fail(f"--k and --layout are those of --init {args.init}: leave them out, or give --init noise")
     elif args.lam < 1:
         fail("--init noise has no [AE] for L_recon: add --lam 1, or run stage 1 first")
     if rank == 0:
@@ -472,9 +475,6 @@ def main():
                  metrics={"held-out KL": best["kl"], "no prompt": none, "n": len(held)},
                  config=vars(args), history=history, trained_on=chats, run=run)
         bar.set_postfix(L_KD=f"{kd.item():.3f}", held_out_gap_closed=f"{1 - best['kl'] / none:.3f}")
-    if world > 1:
-        torch.distributed.barrier()                             # rank 0 may still be saving
-        torch.distributed.destroy_process_group()
     print(f"{1 - best['kl'] / none:.3f} of the held-out gap closed: KL {best['kl']:.4f}, without prompt {none:.4f}, "
           f"n = {len(held)}, on which the vector was chosen")
     print(f"wrote {args.out}\nnext: python eval_kl.py --be {args.out}")

@@ -27,7 +27,7 @@ from tqdm import tqdm
 # what is measured is the code that runs, not a copy of it
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from stage2_kd import (
-    HeadKL, answer, answer_hidden, beside, chat_ids, embed, fail, layout_ids, load_frozen, read_prompt,
+    HeadKL, answer, answer_hidden, chat_ids, embed, fail, layout_ids, load_frozen, read_prompt,
     read_queries, shared_length)
 
 
@@ -283,7 +283,8 @@ def held_out(args, model, tokenizer, folder, seed, n):
 def ours(args, folder, seed):
     """stage2_kd.py from its command line on, stopped at the target -> seconds, steps and gap closed at each save."""
     out, seen, curve, began = Path(folder) / "be.pt", 0, [], time.time()
-    command = [sys.executable, beside("stage2_kd.py"), "--prompt", args.prompt, "--queries", args.queries, "--out", out,
+    script = Path(__file__).resolve().parent.parent / "stage2_kd.py"
+    command = [sys.executable, script, "--prompt", args.prompt, "--queries", args.queries, "--out", out,
                "--model", args.model, "--device", args.device, "--seed", str(seed), *args.stage2.split()]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as run:
         while not curve or curve[-1][2] < args.target:
