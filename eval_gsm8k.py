@@ -1,7 +1,7 @@
 """GSM8K: how many questions the frozen model answers right with the full prompt, with [BE] in its place, with neither.
 
     full prompt   the artifact's messages, then the question
-    FILE.pt       [BE] of this artifact, in its layout, then the question
+    FILE.pt       [BE] of this artifact as the system message, then the question
     no prompt     the question alone; a system message that the template adds by itself stands here and in full prompt
 
     python data/gsm8k/prepare.py                        # once: the questions
@@ -42,7 +42,7 @@ def settings():
     return p.parse_args()
 
 
-# --- shared: load_frozen ----------------------------------------------------------------------
+# --- shared: load_frozen --------------------------------------------------------------------
 def fail(message):
     """A user's mistake: one line that says what was expected, what came and what to do; exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
@@ -61,9 +61,9 @@ def load_frozen(name, device="auto"):
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     dtype = torch.bfloat16 if device == "cuda" or device == "cpu" and native else torch.float32
-    local = name.startswith(("models/", ".", "/")) or Path(name).is_dir()           # else the hub is asked for it
     chat = [{"role": role, "content": f"Be a {role}."} for role in ("system", "user", "assistant", "user")]
     try:
+        local = name.startswith(("models/", ".", "/")) or Path(name).is_dir()       # else the hub is asked for it
         source = beside(name).resolve(strict=True) if local else name
         config = transformers.AutoConfig.from_pretrained(source)
         kinds = {config.model_type, *(getattr(config, "layer_types", None) or [])}
@@ -89,20 +89,18 @@ def load_frozen(name, device="auto"):
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
     return model, tokenizer
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: embed ----------------------------------------------------------------------------
+# --- shared: embed --------------------------------------------------------------------------
 def embed(model, ids, learned):
     """The hook: ids (B, T) to input embeddings (B, T, d). id >= 0 is a token of the frozen table; -1 - i is row i of
     learned (n, d), an fp32 master, cast here: bf16 numbers near 0.5 are 0.004 apart, too coarse for a small step."""
     tokens = model.get_input_embeddings()(ids.clamp(min=0))
     rows = F.embedding((-1 - ids).clamp(min=0), learned.to(tokens.dtype))
     return torch.where((ids < 0)[..., None], rows, tokens)
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: chat_ids -------------------------------------------------------------------------
+# --- shared: chat_ids -----------------------------------------------------------------------
 # Llama 3 would print today's date, and Qwen3 would think aloud
 TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}
 
@@ -124,32 +122,9 @@ def chat_ids(tokenizer, messages, generate=True):
     if len(ids) > tokenizer.model_max_length:
         fail(f"expected at most {tokenizer.model_max_length} tokens, as many as fit, found {len(ids)}; shorten it")
     return ids
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: layout ---------------------------------------------------------------------------
-def later_turns(tokenizer, turns):
-    """turns as they follow an answer: BOS or [], and the rest. So no system message is rendered alone: some templates
-    refuse that, others move it."""
-    end = 1 << 40                                           # the answer: an id of no vocabulary, to cut after
-    said = [{"role": r, "content": c} for r, c in (("system", []), ("user", []), ("assistant", [end]))]
-    ids, closed = chat_ids(tokenizer, said + turns), chat_ids(tokenizer, said, generate=False)
-    bos = ids[:1] if ids[0] == tokenizer.bos_token_id and ids.count(ids[0]) == 1 else []    # ChatML's opens every turn
-    return bos, ids[ids.index(end) + len(closed) - closed.index(end):]
-
-
-def layout_ids(tokenizer, layout, slot, turns):
-    """What is fed in the prompt's place. slot: ids [-1, -2, ...], or [] for no prompt at all.
-    chat:   the system MESSAGE is the slot                 <sys> [BE] </sys> <user> q </user> <assistant>
-    block:  the system BLOCK is the slot (the paper's)                [BE] <user> q </user> <assistant>"""
-    if layout == "chat":
-        return chat_ids(tokenizer, [{"role": "system", "content": slot}] + turns)
-    bos, rest = later_turns(tokenizer, turns)
-    return bos + slot + rest
-# --- end shared -------------------------------------------------------------------------------
-
-
-# --- shared: artifact -------------------------------------------------------------------------
+# --- shared: artifact -----------------------------------------------------------------------
 def fingerprint(model):
     """A vector fits the weights it was trained on and no others: a hash over a sample of each of them."""
     h = hashlib.sha256()
@@ -164,16 +139,14 @@ def load(path, kind, maker, model=None):
         if zipfile.ZipFile(beside(path)).testzip():         # the zip's own checksums
             raise ValueError("a wrong checksum")
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
-        found, mark = artifact["kind"], artifact["model"]["fingerprint"]
-        if found != kind or model and mark != fingerprint(model):
-            raise ValueError(f"{found} made for the weights of {artifact['model']['name']}")
+        if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != fingerprint(model):
+            raise ValueError(f"{artifact['kind']} made for the weights of {artifact['model']['name']}")
     except Exception as e:                                  # a damaged file raises many types; each means the same
         fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
     return artifact
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: pack -----------------------------------------------------------------------------
+# --- shared: pack ---------------------------------------------------------------------------
 def shared_length(rows):
     """How many ids all rows begin with; each keeps one of its own."""
     return min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)
@@ -205,14 +178,13 @@ def answer(model, rows, learned, limit, pack_tokens=4096):
         return body(None, mask, positions[None].to(model.device), cache, embeds).last_hidden_state[0]
 
     body, weight, stop = model.get_decoder(), model.get_output_embeddings().weight, model.generation_config.eos_token_id
-    n, beginning, answers, hidden = shared_length(rows), transformers.DynamicCache(), {}, {}
+    n, beginning, answers, hidden = shared_length(rows), transformers.DynamicCache(), [], []
     if n:
         read(torch.tensor(rows[0][:n]), torch.arange(n), beginning)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     size = max(1, pack_tokens // (max(map(len, rows)) - n + limit))         # attention costs the square of a pack
-    for part in tqdm([order[i:i + size] for i in range(0, len(order), size)], desc="answers", leave=False):
-        ids, positions, owners = pack([rows[i] for i in part], n)
-        end, cache, said, states = torch.tensor([len(rows[i]) for i in part]), copy.deepcopy(beginning), [], []
+    for part in tqdm([rows[i:i + size] for i in range(0, len(rows), size)], desc="answers", leave=False):
+        ids, positions, owners = pack(part, n)
+        end, cache, said, states = torch.tensor([len(row) for row in part]), copy.deepcopy(beginning), [], []
         h = read(ids[n:], positions[n:], cache, sees(model, owners, n))[(end - n).cumsum(0) - 1]        # (B, d)
         while True:
             states.append(h)
@@ -222,10 +194,11 @@ def answer(model, rows, learned, limit, pack_tokens=4096):
                 break
             owners = torch.cat([owners, torch.arange(len(part))])
             h = read(said[-1], end + len(said) - 1, cache, sees(model, owners, len(owners) - len(part)))
-        for i, row, h, e in zip(part, torch.stack(said, 1).tolist(), torch.stack(states, 1).cpu(), ended):
-            length = int(e.int().argmax()) + 1 if e.any() else len(row)
-            answers[i], hidden[i] = row[:length], h[:length].clone()
-    return [answers[i] for i in range(len(rows))], [hidden[i] for i in range(len(rows))]
+        for tokens, h, e in zip(torch.stack(said, 1).tolist(), torch.stack(states, 1).cpu(), ended):
+            length = int(e.int().argmax()) + 1 if e.any() else len(tokens)
+            answers.append(tokens[:length])
+            hidden.append(h[:length].clone())
+    return answers, hidden
 # --- end shared -------------------------------------------------------------------------------
 
 
@@ -278,9 +251,7 @@ def summarise(rows, right, full):
 
 def main():
     args = settings()
-    out, limit, maker = Path(args.out), args.max_new_tokens, "python stage2_kd.py"
-    if out.suffix != ".jsonl":
-        fail(f"--out {out}: expected a name that ends in .jsonl; the table goes beside it, as .json")
+    out, limit, maker = Path(args.out).with_suffix(".jsonl"), args.max_new_tokens, "python stage2_kd.py"
     artifacts = {path: load(path, "be", maker) for path in args.be}
     first, *others = artifacts.values()
     messages, made_for = first["messages"], first["model"]
@@ -300,22 +271,20 @@ def main():
     # rounding and the limit: an answer that ended by itself is the same under any limit that it fits in
     starts, keys = {"full prompt": messages}, {}
     for path, be in artifacts.items():
-        starts[path] = [be["layout"], hashlib.sha256(be["vector"].numpy().tobytes()).hexdigest()]
+        starts[path] = hashlib.sha256(be["vector"].numpy().tobytes()).hexdigest()
     starts["no prompt"] = []
     for name, start in starts.items():
         parts = [json.dumps([made_for["fingerprint"], start, turns]) for turns in asked]
         keys[name] = [hashlib.sha256(part.encode()).hexdigest() for part in parts]
-    lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a+", encoding="utf-8") as file:      # the place is tried before the work, not after it
+            file.seek(0)
+            lines = file.read().splitlines()
         rows = [json.loads(line) for line in lines]
         done = {r["key"]: r for r in rows if r["new_tokens"] == limit or r["new_tokens"] < limit and not r["cut"]}
-    except (ValueError, KeyError, TypeError):
-        fail(f"--out {out}: expected the answers of an earlier run, found something else; give another --out")
-    try:                                                    # the place is tried before the work, not after it
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        open(f"{out}.tmp", "w").close()
-    except OSError as e:
-        fail(f"--out {out}: cannot be written: {e}; give another --out")
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        fail(f"--out {out}: expected a place to write to, or the answers of an earlier run: {e}; give another --out")
     missing = sum(key not in done for name in keys for key in keys[name])
     print(f"{len(asked)} questions, {len(starts)} conditions, {missing} answers to make")
 
@@ -327,7 +296,7 @@ def main():
                "no prompt": [chat_ids(tokenizer, turns) for turns in asked]}
         for path, be in artifacts.items():
             slot = [-1 - i for i in range(len(be["vector"]))]
-            fed[path] = [layout_ids(tokenizer, be["layout"], slot, turns) for turns in asked]
+            fed[path] = [chat_ids(tokenizer, [{"role": "system", "content": slot}] + turns) for turns in asked]
 
         # a few questions in all conditions, then the next few
         steps = [(at, name) for at in range(0, len(asked), args.batch) for name in starts]

@@ -27,13 +27,12 @@ def settings():
     add("--queries", help="test queries; None is NAME.test.txt beside the prompt it was trained on")
     add("--model", help="hub name or folder; None is the one that the artifact names")
     add("--answer-tokens", type=int, help="the teacher's answers are cut here; None is where training cut them")
-    add("--draws", type=int, default=1000, help="bootstrap: how often the queries are drawn anew for an interval")
     add("--out", help="every number, as json; None is NAME.kl.json beside the artifact")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="auto: the first that is there")
     return p.parse_args()
 
 
-# --- shared: load_frozen ----------------------------------------------------------------------
+# --- shared: load_frozen --------------------------------------------------------------------
 def fail(message):
     """A user's mistake: one line that says what was expected, what came and what to do; exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
@@ -52,9 +51,9 @@ def load_frozen(name, device="auto"):
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     dtype = torch.bfloat16 if device == "cuda" or device == "cpu" and native else torch.float32
-    local = name.startswith(("models/", ".", "/")) or Path(name).is_dir()           # else the hub is asked for it
     chat = [{"role": role, "content": f"Be a {role}."} for role in ("system", "user", "assistant", "user")]
     try:
+        local = name.startswith(("models/", ".", "/")) or Path(name).is_dir()       # else the hub is asked for it
         source = beside(name).resolve(strict=True) if local else name
         config = transformers.AutoConfig.from_pretrained(source)
         kinds = {config.model_type, *(getattr(config, "layer_types", None) or [])}
@@ -80,20 +79,18 @@ def load_frozen(name, device="auto"):
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
     return model, tokenizer
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: embed ----------------------------------------------------------------------------
+# --- shared: embed --------------------------------------------------------------------------
 def embed(model, ids, learned):
     """The hook: ids (B, T) to input embeddings (B, T, d). id >= 0 is a token of the frozen table; -1 - i is row i of
     learned (n, d), an fp32 master, cast here: bf16 numbers near 0.5 are 0.004 apart, too coarse for a small step."""
     tokens = model.get_input_embeddings()(ids.clamp(min=0))
     rows = F.embedding((-1 - ids).clamp(min=0), learned.to(tokens.dtype))
     return torch.where((ids < 0)[..., None], rows, tokens)
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: chat_ids -------------------------------------------------------------------------
+# --- shared: chat_ids -----------------------------------------------------------------------
 # Llama 3 would print today's date, and Qwen3 would think aloud
 TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}
 
@@ -115,32 +112,9 @@ def chat_ids(tokenizer, messages, generate=True):
     if len(ids) > tokenizer.model_max_length:
         fail(f"expected at most {tokenizer.model_max_length} tokens, as many as fit, found {len(ids)}; shorten it")
     return ids
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: layout ---------------------------------------------------------------------------
-def later_turns(tokenizer, turns):
-    """turns as they follow an answer: BOS or [], and the rest. So no system message is rendered alone: some templates
-    refuse that, others move it."""
-    end = 1 << 40                                           # the answer: an id of no vocabulary, to cut after
-    said = [{"role": r, "content": c} for r, c in (("system", []), ("user", []), ("assistant", [end]))]
-    ids, closed = chat_ids(tokenizer, said + turns), chat_ids(tokenizer, said, generate=False)
-    bos = ids[:1] if ids[0] == tokenizer.bos_token_id and ids.count(ids[0]) == 1 else []    # ChatML's opens every turn
-    return bos, ids[ids.index(end) + len(closed) - closed.index(end):]
-
-
-def layout_ids(tokenizer, layout, slot, turns):
-    """What is fed in the prompt's place. slot: ids [-1, -2, ...], or [] for no prompt at all.
-    chat:   the system MESSAGE is the slot                 <sys> [BE] </sys> <user> q </user> <assistant>
-    block:  the system BLOCK is the slot (the paper's)                [BE] <user> q </user> <assistant>"""
-    if layout == "chat":
-        return chat_ids(tokenizer, [{"role": "system", "content": slot}] + turns)
-    bos, rest = later_turns(tokenizer, turns)
-    return bos + slot + rest
-# --- end shared -------------------------------------------------------------------------------
-
-
-# --- shared: artifact -------------------------------------------------------------------------
+# --- shared: artifact -----------------------------------------------------------------------
 def fingerprint(model):
     """A vector fits the weights it was trained on and no others: a hash over a sample of each of them."""
     h = hashlib.sha256()
@@ -155,16 +129,14 @@ def load(path, kind, maker, model=None):
         if zipfile.ZipFile(beside(path)).testzip():         # the zip's own checksums
             raise ValueError("a wrong checksum")
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
-        found, mark = artifact["kind"], artifact["model"]["fingerprint"]
-        if found != kind or model and mark != fingerprint(model):
-            raise ValueError(f"{found} made for the weights of {artifact['model']['name']}")
+        if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != fingerprint(model):
+            raise ValueError(f"{artifact['kind']} made for the weights of {artifact['model']['name']}")
     except Exception as e:                                  # a damaged file raises many types; each means the same
         fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
     return artifact
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: pack -----------------------------------------------------------------------------
+# --- shared: pack ---------------------------------------------------------------------------
 def shared_length(rows):
     """How many ids all rows begin with; each keeps one of its own."""
     return min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)
@@ -196,14 +168,13 @@ def answer(model, rows, learned, limit, pack_tokens=4096):
         return body(None, mask, positions[None].to(model.device), cache, embeds).last_hidden_state[0]
 
     body, weight, stop = model.get_decoder(), model.get_output_embeddings().weight, model.generation_config.eos_token_id
-    n, beginning, answers, hidden = shared_length(rows), transformers.DynamicCache(), {}, {}
+    n, beginning, answers, hidden = shared_length(rows), transformers.DynamicCache(), [], []
     if n:
         read(torch.tensor(rows[0][:n]), torch.arange(n), beginning)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     size = max(1, pack_tokens // (max(map(len, rows)) - n + limit))         # attention costs the square of a pack
-    for part in tqdm([order[i:i + size] for i in range(0, len(order), size)], desc="answers", leave=False):
-        ids, positions, owners = pack([rows[i] for i in part], n)
-        end, cache, said, states = torch.tensor([len(rows[i]) for i in part]), copy.deepcopy(beginning), [], []
+    for part in tqdm([rows[i:i + size] for i in range(0, len(rows), size)], desc="answers", leave=False):
+        ids, positions, owners = pack(part, n)
+        end, cache, said, states = torch.tensor([len(row) for row in part]), copy.deepcopy(beginning), [], []
         h = read(ids[n:], positions[n:], cache, sees(model, owners, n))[(end - n).cumsum(0) - 1]        # (B, d)
         while True:
             states.append(h)
@@ -213,14 +184,14 @@ def answer(model, rows, learned, limit, pack_tokens=4096):
                 break
             owners = torch.cat([owners, torch.arange(len(part))])
             h = read(said[-1], end + len(said) - 1, cache, sees(model, owners, len(owners) - len(part)))
-        for i, row, h, e in zip(part, torch.stack(said, 1).tolist(), torch.stack(states, 1).cpu(), ended):
-            length = int(e.int().argmax()) + 1 if e.any() else len(row)
-            answers[i], hidden[i] = row[:length], h[:length].clone()
-    return [answers[i] for i in range(len(rows))], [hidden[i] for i in range(len(rows))]
-# --- end shared -------------------------------------------------------------------------------
+        for tokens, h, e in zip(torch.stack(said, 1).tolist(), torch.stack(states, 1).cpu(), ended):
+            length = int(e.int().argmax()) + 1 if e.any() else len(tokens)
+            answers.append(tokens[:length])
+            hidden.append(h[:length].clone())
+    return answers, hidden
 
 
-# --- shared: answer_hidden --------------------------------------------------------------------
+# --- shared: answer_hidden ------------------------------------------------------------------
 def answer_hidden(model, rows, answers, learned):
     """The last hidden states that predict the tokens of the answers, row after row -> (sum of T, d)."""
     full = [row + a[:-1] for row, a in zip(rows, answers)]
@@ -231,10 +202,9 @@ def answer_hidden(model, rows, answers, learned):
     out = model.get_decoder()(inputs_embeds=embed(model, ids[None].to(model.device), learned), use_cache=False,
                               position_ids=positions[None].to(model.device), attention_mask=sees(model, owners))
     return out.last_hidden_state[0, at]
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: read_queries ---------------------------------------------------------------------
+# --- shared: read_queries -------------------------------------------------------------------
 def read_queries(path):
     """One query a line: a text; in a .jsonl or .ndjson an object with a question, query or instruction (and its input),
     or with messages, the last one the user's -> chats, lists of messages, each once."""
@@ -279,7 +249,7 @@ def main():
     args = settings()
     sys.stdout.reconfigure(errors="replace")                # a query may hold letters that this terminal lacks
     artifact = load(args.be, "be", "python stage2_kd.py --prompt PROMPT")
-    config, layout, messages = artifact["config"], artifact["layout"], artifact["messages"]
+    config, messages = artifact["config"], artifact["messages"]
     args.model = args.model or artifact["model"]["name"]
     args.answer_tokens = args.answer_tokens or config.get("answer_tokens", 32)              # stage 1 has no answers
     args.out = str(Path(args.out or beside(args.be).with_suffix(".kl.json")).with_suffix(".json"))
@@ -290,11 +260,8 @@ def main():
     print(f"{args.queries}: {len(chats)} test queries; {left_out} left out, on which [BE] was trained")
     if not chats:
         fail(f"--queries {args.queries}: expected queries that [BE] was not trained on, found none; give others")
-    try:                                                    # the place is tried before the work, not after it
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        open(f"{args.out}.tmp", "w").close()
-    except OSError as e:
-        fail(f"--out {args.out}: cannot be written: {e}; give another --out")
+    if not os.access(Path(args.out).parent, os.W_OK):
+        fail(f"--out {args.out}: expected a place in a folder that can be written to; give another --out")
     model, tokenizer = load_frozen(args.model, args.device)
     load(args.be, "be", "python stage2_kd.py --prompt PROMPT", model)
 
@@ -305,19 +272,20 @@ def main():
     slots = {"[BE]": [-1 - i for i in range(k)], "no prompt": [], "random vector": [-1 - i for i in range(k, 2 * k)],
              "prompt cut to k tokens": text_ids(tokenizer, messages[0]["content"])[:k]}
     fed = {"full prompt": [chat_ids(tokenizer, messages + chat) for chat in chats]}
-    fed |= {name: [layout_ids(tokenizer, layout, slot, chat) for chat in chats] for name, slot in slots.items()}
+    for name, slot in slots.items():
+        fed[name] = [chat_ids(tokenizer, [{"role": "system", "content": slot}] + chat) for chat in chats]
     fed["default system prompt"] = [chat_ids(tokenizer, chat) for chat in chats]
 
     # the teacher answers; whatever stands in the prompt's place, the model then reads these answers
     answers, target = answer(model, fed["full prompt"], learned, args.answer_tokens)
     scores = {name: measure(model, rows, answers, target, learned) for name, rows in tqdm(fed.items(), leave=False)}
     n, tokens, (none, _) = len(chats), sum(map(len, answers)), scores["no prompt"]
-    draws = torch.randint(n, (args.draws, n), generator=torch.Generator().manual_seed(0))
+    draws = torch.randint(n, (1000, n), generator=torch.Generator().manual_seed(0))
     print(f"\n{n} test queries, {tokens} answer tokens, k = {k}; KL in nats a token, 95% interval over queries\n")
     print(f"{'':24s}{'KL':>8s}{'top-1':>8s}{'gap closed':>12s}{'95%':>18s}{'tokens fed':>12s}")
     controls = {}
     for name, (kl, same) in scores.items():
-        gaps = 1 - kl[draws].sum(1) / none[draws].sum(1)                                                # (draws,)
+        gaps = 1 - kl[draws].sum(1) / none[draws].sum(1)                                                # (1000,)
         low, high = (gaps.quantile(q).item() for q in (0.025, 0.975))
         controls[name] = row = {
             "kl": kl.sum().item() / tokens, "top1": same.sum().item() / tokens,

@@ -1,4 +1,4 @@
-"""Serve [BE]: three ways to give a learned vector of layout chat to an engine. The prompt's text is in none of them.
+"""Serve [BE]: three ways to give a learned vector to an engine. The prompt's text is in none of them.
 
     --adapter         a LoRA on the embedding table, beside the untouched model: the token with the id i, which no text
                       uses, becomes E[i] + ([BE] - E[i]). A server holds many adapters and takes one for each request
@@ -33,7 +33,7 @@ def settings():
     return p.parse_args()
 
 
-# --- shared: load_frozen ----------------------------------------------------------------------
+# --- shared: load_frozen --------------------------------------------------------------------
 def fail(message):
     """A user's mistake: one line that says what was expected, what came and what to do; exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
@@ -52,9 +52,9 @@ def load_frozen(name, device="auto"):
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     dtype = torch.bfloat16 if device == "cuda" or device == "cpu" and native else torch.float32
-    local = name.startswith(("models/", ".", "/")) or Path(name).is_dir()           # else the hub is asked for it
     chat = [{"role": role, "content": f"Be a {role}."} for role in ("system", "user", "assistant", "user")]
     try:
+        local = name.startswith(("models/", ".", "/")) or Path(name).is_dir()       # else the hub is asked for it
         source = beside(name).resolve(strict=True) if local else name
         config = transformers.AutoConfig.from_pretrained(source)
         kinds = {config.model_type, *(getattr(config, "layer_types", None) or [])}
@@ -80,10 +80,9 @@ def load_frozen(name, device="auto"):
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
     return model, tokenizer
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: chat_ids -------------------------------------------------------------------------
+# --- shared: chat_ids -----------------------------------------------------------------------
 # Llama 3 would print today's date, and Qwen3 would think aloud
 TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}
 
@@ -105,10 +104,9 @@ def chat_ids(tokenizer, messages, generate=True):
     if len(ids) > tokenizer.model_max_length:
         fail(f"expected at most {tokenizer.model_max_length} tokens, as many as fit, found {len(ids)}; shorten it")
     return ids
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: artifact -------------------------------------------------------------------------
+# --- shared: artifact -----------------------------------------------------------------------
 def fingerprint(model):
     """A vector fits the weights it was trained on and no others: a hash over a sample of each of them."""
     h = hashlib.sha256()
@@ -123,9 +121,8 @@ def load(path, kind, maker, model=None):
         if zipfile.ZipFile(beside(path)).testzip():         # the zip's own checksums
             raise ValueError("a wrong checksum")
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
-        found, mark = artifact["kind"], artifact["model"]["fingerprint"]
-        if found != kind or model and mark != fingerprint(model):
-            raise ValueError(f"{found} made for the weights of {artifact['model']['name']}")
+        if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != fingerprint(model):
+            raise ValueError(f"{artifact['kind']} made for the weights of {artifact['model']['name']}")
     except Exception as e:                                  # a damaged file raises many types; each means the same
         fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
     return artifact
@@ -203,8 +200,6 @@ def main():
     out = Path(os.path.abspath(args.adapter or args.out or args.prompt_embeds))
     artifacts = [load(path, "be", "python stage2_kd.py --prompt p.txt") for path in args.be]
     names = [out.name] if len(args.be) == 1 else [Path(path).stem for path in args.be]
-    if any(be["layout"] != "chat" for be in artifacts):
-        fail("expected layout chat, found block: an engine keeps the template's words around [BE]; infer.py does not")
     if len({*names}) < len(names) or args.prompt_embeds and len(names) > 1:
         fail(f"expected files of different names, and for --prompt-embeds one; found {args.be}")
     ours = args.overwrite and (out.is_file() if args.prompt_embeds else (out / "nanobe.json").exists())
@@ -239,7 +234,7 @@ def main():
             unfit = args.adapter and {*tokens} - {*free} or [len(tokens), len({*tokens})] != [k, k]
             if unfit or chat != trained:                    # it is served between the ids that it was trained between
                 fail(f"expected {k} unused special tokens of this model, {free[:8]}, found {tokens}; there is --out")
-            abouts.append({"name": name, "system message": system["content"], "ids": ids, "layout": be["layout"],
+            abouts.append({"name": name, "system message": system["content"], "ids": ids,
                            "base model": source, "fingerprint": be["model"]["fingerprint"],
                            "prompt": {"tokens": be["tokens"], "sha256": hashlib.sha256(prompt.encode()).hexdigest()},
                            **{key: x for key, x in be["metrics"].items() if isinstance(x, (int, float))}})

@@ -32,7 +32,7 @@ def settings():
     return p.parse_args()
 
 
-# --- shared: load_frozen ----------------------------------------------------------------------
+# --- shared: load_frozen --------------------------------------------------------------------
 def fail(message):
     """A user's mistake: one line that says what was expected, what came and what to do; exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
@@ -51,9 +51,9 @@ def load_frozen(name, device="auto"):
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     dtype = torch.bfloat16 if device == "cuda" or device == "cpu" and native else torch.float32
-    local = name.startswith(("models/", ".", "/")) or Path(name).is_dir()           # else the hub is asked for it
     chat = [{"role": role, "content": f"Be a {role}."} for role in ("system", "user", "assistant", "user")]
     try:
+        local = name.startswith(("models/", ".", "/")) or Path(name).is_dir()       # else the hub is asked for it
         source = beside(name).resolve(strict=True) if local else name
         config = transformers.AutoConfig.from_pretrained(source)
         kinds = {config.model_type, *(getattr(config, "layer_types", None) or [])}
@@ -79,20 +79,18 @@ def load_frozen(name, device="auto"):
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
     return model, tokenizer
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: embed ----------------------------------------------------------------------------
+# --- shared: embed --------------------------------------------------------------------------
 def embed(model, ids, learned):
     """The hook: ids (B, T) to input embeddings (B, T, d). id >= 0 is a token of the frozen table; -1 - i is row i of
     learned (n, d), an fp32 master, cast here: bf16 numbers near 0.5 are 0.004 apart, too coarse for a small step."""
     tokens = model.get_input_embeddings()(ids.clamp(min=0))
     rows = F.embedding((-1 - ids).clamp(min=0), learned.to(tokens.dtype))
     return torch.where((ids < 0)[..., None], rows, tokens)
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: chat_ids -------------------------------------------------------------------------
+# --- shared: chat_ids -----------------------------------------------------------------------
 # Llama 3 would print today's date, and Qwen3 would think aloud
 TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}
 
@@ -114,32 +112,9 @@ def chat_ids(tokenizer, messages, generate=True):
     if len(ids) > tokenizer.model_max_length:
         fail(f"expected at most {tokenizer.model_max_length} tokens, as many as fit, found {len(ids)}; shorten it")
     return ids
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: layout ---------------------------------------------------------------------------
-def later_turns(tokenizer, turns):
-    """turns as they follow an answer: BOS or [], and the rest. So no system message is rendered alone: some templates
-    refuse that, others move it."""
-    end = 1 << 40                                           # the answer: an id of no vocabulary, to cut after
-    said = [{"role": r, "content": c} for r, c in (("system", []), ("user", []), ("assistant", [end]))]
-    ids, closed = chat_ids(tokenizer, said + turns), chat_ids(tokenizer, said, generate=False)
-    bos = ids[:1] if ids[0] == tokenizer.bos_token_id and ids.count(ids[0]) == 1 else []    # ChatML's opens every turn
-    return bos, ids[ids.index(end) + len(closed) - closed.index(end):]
-
-
-def layout_ids(tokenizer, layout, slot, turns):
-    """What is fed in the prompt's place. slot: ids [-1, -2, ...], or [] for no prompt at all.
-    chat:   the system MESSAGE is the slot                 <sys> [BE] </sys> <user> q </user> <assistant>
-    block:  the system BLOCK is the slot (the paper's)                [BE] <user> q </user> <assistant>"""
-    if layout == "chat":
-        return chat_ids(tokenizer, [{"role": "system", "content": slot}] + turns)
-    bos, rest = later_turns(tokenizer, turns)
-    return bos + slot + rest
-# --- end shared -------------------------------------------------------------------------------
-
-
-# --- shared: artifact -------------------------------------------------------------------------
+# --- shared: artifact -----------------------------------------------------------------------
 def fingerprint(model):
     """A vector fits the weights it was trained on and no others: a hash over a sample of each of them."""
     h = hashlib.sha256()
@@ -154,9 +129,8 @@ def load(path, kind, maker, model=None):
         if zipfile.ZipFile(beside(path)).testzip():         # the zip's own checksums
             raise ValueError("a wrong checksum")
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
-        found, mark = artifact["kind"], artifact["model"]["fingerprint"]
-        if found != kind or model and mark != fingerprint(model):
-            raise ValueError(f"{found} made for the weights of {artifact['model']['name']}")
+        if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != fingerprint(model):
+            raise ValueError(f"{artifact['kind']} made for the weights of {artifact['model']['name']}")
     except Exception as e:                                  # a damaged file raises many types; each means the same
         fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
     return artifact
@@ -174,7 +148,7 @@ def main():
     model, tokenizer = load_frozen(args.model or artifact["model"]["name"], args.device)
     load(args.be, "be", maker, model)
     model.set_attn_implementation(model.long_rows)
-    be, layout = artifact["vector"].to(model.device), artifact["layout"]                            # (k, d) fp32
+    be = artifact["vector"].to(model.device)                                                        # (k, d) fp32
     slot = [-1 - i for i in range(len(be))]
 
     # these alone: a folder's own generation config may bring a repetition penalty, and training had none
@@ -193,10 +167,10 @@ def main():
 
         # what is fed: all that was said in the chat, anew at each turn
         turns = chat + [{"role": "user", "content": query}]
-        rows = {"[BE]": layout_ids(tokenizer, layout, slot, turns)}
+        rows = {"[BE]": chat_ids(tokenizer, [{"role": "system", "content": slot}] + turns)}
         if args.compare:
             rows = {"full prompt": chat_ids(tokenizer, artifact["messages"] + turns), **rows,
-                    "no prompt": layout_ids(tokenizer, layout, [], turns)}
+                    "no prompt": chat_ids(tokenizer, [{"role": "system", "content": []}] + turns)}
         if not chat:
             ids, at = rows["[BE]"], rows["[BE]"].index(-1)
             shown = tokenizer.decode(ids[:at]) + "[BE]" * len(be) + tokenizer.decode(ids[at + len(be):])

@@ -41,7 +41,7 @@ def settings():
     return p.parse_args()
 
 
-# --- shared: load_frozen ----------------------------------------------------------------------
+# --- shared: load_frozen --------------------------------------------------------------------
 def fail(message):
     """A user's mistake: one line that says what was expected, what came and what to do; exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
@@ -60,9 +60,9 @@ def load_frozen(name, device="auto"):
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     dtype = torch.bfloat16 if device == "cuda" or device == "cpu" and native else torch.float32
-    local = name.startswith(("models/", ".", "/")) or Path(name).is_dir()           # else the hub is asked for it
     chat = [{"role": role, "content": f"Be a {role}."} for role in ("system", "user", "assistant", "user")]
     try:
+        local = name.startswith(("models/", ".", "/")) or Path(name).is_dir()       # else the hub is asked for it
         source = beside(name).resolve(strict=True) if local else name
         config = transformers.AutoConfig.from_pretrained(source)
         kinds = {config.model_type, *(getattr(config, "layer_types", None) or [])}
@@ -88,20 +88,18 @@ def load_frozen(name, device="auto"):
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
     return model, tokenizer
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: embed ----------------------------------------------------------------------------
+# --- shared: embed --------------------------------------------------------------------------
 def embed(model, ids, learned):
     """The hook: ids (B, T) to input embeddings (B, T, d). id >= 0 is a token of the frozen table; -1 - i is row i of
     learned (n, d), an fp32 master, cast here: bf16 numbers near 0.5 are 0.004 apart, too coarse for a small step."""
     tokens = model.get_input_embeddings()(ids.clamp(min=0))
     rows = F.embedding((-1 - ids).clamp(min=0), learned.to(tokens.dtype))
     return torch.where((ids < 0)[..., None], rows, tokens)
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: chat_ids -------------------------------------------------------------------------
+# --- shared: chat_ids -----------------------------------------------------------------------
 # Llama 3 would print today's date, and Qwen3 would think aloud
 TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}
 
@@ -123,10 +121,9 @@ def chat_ids(tokenizer, messages, generate=True):
     if len(ids) > tokenizer.model_max_length:
         fail(f"expected at most {tokenizer.model_max_length} tokens, as many as fit, found {len(ids)}; shorten it")
     return ids
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: artifact -------------------------------------------------------------------------
+# --- shared: artifact -----------------------------------------------------------------------
 def fingerprint(model):
     """A vector fits the weights it was trained on and no others: a hash over a sample of each of them."""
     h = hashlib.sha256()
@@ -141,16 +138,14 @@ def load(path, kind, maker, model=None):
         if zipfile.ZipFile(beside(path)).testzip():         # the zip's own checksums
             raise ValueError("a wrong checksum")
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
-        found, mark = artifact["kind"], artifact["model"]["fingerprint"]
-        if found != kind or model and mark != fingerprint(model):
-            raise ValueError(f"{found} made for the weights of {artifact['model']['name']}")
+        if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != fingerprint(model):
+            raise ValueError(f"{artifact['kind']} made for the weights of {artifact['model']['name']}")
     except Exception as e:                                  # a damaged file raises many types; each means the same
         fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
     return artifact
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: save -----------------------------------------------------------------------------
+# --- shared: save ---------------------------------------------------------------------------
 def save(path, **artifact):
     """Written beside its place and renamed: a run that is killed here, or a full disk, leaves the old file whole.
     Without an artifact the place is only tried, before the work rather than after it."""
@@ -160,10 +155,9 @@ def save(path, **artifact):
         os.replace(f"{path}.tmp", path) if artifact else os.remove(f"{path}.tmp")
     except (OSError, RuntimeError) as e:                    # torch tells of a full disk by the second
         fail(f"{path}: cannot be written: {e}; what was there before is whole; mend that, or give another --out")
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: torchrun -------------------------------------------------------------------------
+# --- shared: torchrun -----------------------------------------------------------------------
 def torchrun():
     """This process's rank and their number: 0 and 1, but for torchrun. Rank 0 alone answers, prints and saves."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -217,16 +211,12 @@ def main():
     print(f"{len(train)} texts to train on, {len(held)} held out -> 1 x {len(mean)} numbers")
 
     def copy_scores(text, slot, ae):
-        """L_AE of one text, and the share of its tokens that are right with the true past given. slot []: no trigger.
-        What stands before [AE] does not depend on it: it leaves keys and values, and the graph spans the copy alone."""
+        """L_AE of one text, and the share of its tokens right with the true past given. slot []: no trigger."""
         x = text_ids(tokenizer, text)[:longest]
         ids = torch.tensor([words + x + slot + x], device=model.device)                             # (1, T)
         target = torch.tensor(x + [end], device=model.device)   # (n,): the last n that are fed predict these
-        n = len(target)
-        cache = transformers.DynamicCache()
-        with torch.no_grad():
-            body(ids[:, :-n], None, None, cache)
-        hidden = body(None, None, None, cache, embed(model, ids[:, -n:], ae)).last_hidden_state[0]  # (n, d)
+        embeds = embed(model, ids, ae)                                                              # (1, T, d)
+        hidden = body(inputs_embeds=embeds, use_cache=False).last_hidden_state[0, -len(target):]    # (n, d)
         z = (hidden @ weight.T).float()                                                             # (n, V)
         return F.cross_entropy(z, target), (z.argmax(-1) == target).float().mean()
 
@@ -272,7 +262,7 @@ def main():
             if loss < best["loss"]:
                 best = {"loss": loss, "right": right, "vector": ae.detach().cpu().clone()}
             run = {"step": step + 1, "ae": ae.detach().cpu(), "best": best, "optimizer": optimizer.state_dict()}
-            save(args.out, kind="ae", vector=best["vector"], layout="chat", config=vars(args), history=history, run=run,
+            save(args.out, kind="ae", vector=best["vector"], config=vars(args), history=history, run=run,
                  model={"name": args.model, "fingerprint": fingerprint(model)},
                  metrics={"held-out L_AE": best["loss"], "right": best["right"], "n": len(held)})
         bar.set_postfix(L_AE=f"{mean_loss.item():.3f}", held_out=f"{best['loss']:.3f}", right=f"{best['right']:.1%}")

@@ -30,7 +30,6 @@ def settings():
     add("--ae", default="artifacts/ae-smollm2-135m.pt", help="stage 0's artifact; none: a memory token, [BE] alone")
     add("--out", default="out/recon.pt", help="the artifact, for stage 2")
     add("--resume", action="store_true", help="go on from --out")
-    add("--layout", default="chat", choices=["chat", "block"], help="[BE] for the system message, or its whole block")
     add("--k", type=int, default=1, help="vectors to learn; the paper's is 1")
     add("--steps", type=int, default=60, help="at most; it stops when every token of P is right")
     add("--lr", type=float, help="peak; None is 0.22 standard deviations of the embedding table")
@@ -39,7 +38,7 @@ def settings():
     return p.parse_args()
 
 
-# --- shared: load_frozen ----------------------------------------------------------------------
+# --- shared: load_frozen --------------------------------------------------------------------
 def fail(message):
     """A user's mistake: one line that says what was expected, what came and what to do; exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
@@ -58,9 +57,9 @@ def load_frozen(name, device="auto"):
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     dtype = torch.bfloat16 if device == "cuda" or device == "cpu" and native else torch.float32
-    local = name.startswith(("models/", ".", "/")) or Path(name).is_dir()           # else the hub is asked for it
     chat = [{"role": role, "content": f"Be a {role}."} for role in ("system", "user", "assistant", "user")]
     try:
+        local = name.startswith(("models/", ".", "/")) or Path(name).is_dir()       # else the hub is asked for it
         source = beside(name).resolve(strict=True) if local else name
         config = transformers.AutoConfig.from_pretrained(source)
         kinds = {config.model_type, *(getattr(config, "layer_types", None) or [])}
@@ -86,20 +85,18 @@ def load_frozen(name, device="auto"):
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
     return model, tokenizer
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: embed ----------------------------------------------------------------------------
+# --- shared: embed --------------------------------------------------------------------------
 def embed(model, ids, learned):
     """The hook: ids (B, T) to input embeddings (B, T, d). id >= 0 is a token of the frozen table; -1 - i is row i of
     learned (n, d), an fp32 master, cast here: bf16 numbers near 0.5 are 0.004 apart, too coarse for a small step."""
     tokens = model.get_input_embeddings()(ids.clamp(min=0))
     rows = F.embedding((-1 - ids).clamp(min=0), learned.to(tokens.dtype))
     return torch.where((ids < 0)[..., None], rows, tokens)
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: chat_ids -------------------------------------------------------------------------
+# --- shared: chat_ids -----------------------------------------------------------------------
 # Llama 3 would print today's date, and Qwen3 would think aloud
 TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}
 
@@ -121,32 +118,9 @@ def chat_ids(tokenizer, messages, generate=True):
     if len(ids) > tokenizer.model_max_length:
         fail(f"expected at most {tokenizer.model_max_length} tokens, as many as fit, found {len(ids)}; shorten it")
     return ids
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: layout ---------------------------------------------------------------------------
-def later_turns(tokenizer, turns):
-    """turns as they follow an answer: BOS or [], and the rest. So no system message is rendered alone: some templates
-    refuse that, others move it."""
-    end = 1 << 40                                           # the answer: an id of no vocabulary, to cut after
-    said = [{"role": r, "content": c} for r, c in (("system", []), ("user", []), ("assistant", [end]))]
-    ids, closed = chat_ids(tokenizer, said + turns), chat_ids(tokenizer, said, generate=False)
-    bos = ids[:1] if ids[0] == tokenizer.bos_token_id and ids.count(ids[0]) == 1 else []    # ChatML's opens every turn
-    return bos, ids[ids.index(end) + len(closed) - closed.index(end):]
-
-
-def layout_ids(tokenizer, layout, slot, turns):
-    """What is fed in the prompt's place. slot: ids [-1, -2, ...], or [] for no prompt at all.
-    chat:   the system MESSAGE is the slot                 <sys> [BE] </sys> <user> q </user> <assistant>
-    block:  the system BLOCK is the slot (the paper's)                [BE] <user> q </user> <assistant>"""
-    if layout == "chat":
-        return chat_ids(tokenizer, [{"role": "system", "content": slot}] + turns)
-    bos, rest = later_turns(tokenizer, turns)
-    return bos + slot + rest
-# --- end shared -------------------------------------------------------------------------------
-
-
-# --- shared: read_prompt ----------------------------------------------------------------------
+# --- shared: read_prompt --------------------------------------------------------------------
 def read_prompt(path):
     """The prompt file -> messages: a text is one system message, a .json file holds a dialogue."""
     try:
@@ -160,19 +134,15 @@ def read_prompt(path):
     return messages
 
 
-def prompt_ids(tokenizer, messages, layout):
-    """s_1 ... s_m, what the slot stands for: one system message's text, or all messages in the template's words."""
-    question = [{"role": "user", "content": []}]
-    ids, (bos, rest) = chat_ids(tokenizer, messages + question), later_turns(tokenizer, question)
-    if layout == "chat" and [m["role"] for m in messages] == ["system"]:
+def prompt_ids(tokenizer, messages):
+    """s_1 ... s_m, what [BE] stands for: a system message's text, or a whole dialogue in the template's words."""
+    if [m["role"] for m in messages] == ["system"]:
         return text_ids(tokenizer, messages[0]["content"])
-    if ids[-len(rest):] != rest:
-        fail("this model's chat template has no system block of its own; use --layout chat and a text as the prompt")
-    return ids[len(bos):-len(rest)]
-# --- end shared -------------------------------------------------------------------------------
+    ids = chat_ids(tokenizer, messages, generate=False)
+    return ids[1:] if ids.count(tokenizer.bos_token_id) == 1 else ids       # ChatML's BOS opens every turn
 
 
-# --- shared: artifact -------------------------------------------------------------------------
+# --- shared: artifact -----------------------------------------------------------------------
 def fingerprint(model):
     """A vector fits the weights it was trained on and no others: a hash over a sample of each of them."""
     h = hashlib.sha256()
@@ -187,16 +157,14 @@ def load(path, kind, maker, model=None):
         if zipfile.ZipFile(beside(path)).testzip():         # the zip's own checksums
             raise ValueError("a wrong checksum")
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
-        found, mark = artifact["kind"], artifact["model"]["fingerprint"]
-        if found != kind or model and mark != fingerprint(model):
-            raise ValueError(f"{found} made for the weights of {artifact['model']['name']}")
+        if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != fingerprint(model):
+            raise ValueError(f"{artifact['kind']} made for the weights of {artifact['model']['name']}")
     except Exception as e:                                  # a damaged file raises many types; each means the same
         fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
     return artifact
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: save -----------------------------------------------------------------------------
+# --- shared: save ---------------------------------------------------------------------------
 def save(path, **artifact):
     """Written beside its place and renamed: a run that is killed here, or a full disk, leaves the old file whole.
     Without an artifact the place is only tried, before the work rather than after it."""
@@ -212,8 +180,6 @@ def save(path, **artifact):
 def main():
     args = settings()
     messages = read_prompt(args.prompt)
-    if min(args.k, args.steps) < 1:
-        fail(f"expected --k and --steps of at least 1, found {args.k} and {args.steps}")
     save(args.out)
     model, tokenizer = load_frozen(args.model, args.device)
     model.set_attn_implementation(model.long_rows)
@@ -225,13 +191,13 @@ def main():
     if args.ae != "none":
         ae = load(args.ae, "ae", f"python stage0_ae.py --model {args.model}", model)["vector"].to(mean)     # (1, d)
 
-    # what stands before the slot in a chat, then [BE] [AE] P: attention looks back only, so with the same words before
-    # it [BE] has the very keys and values here that it will have there. s_m is predicted and never read
-    s, slot = prompt_ids(tokenizer, messages, args.layout), [-1 - i for i in range(args.k)]
-    words = layout_ids(tokenizer, args.layout, slot, [{"role": "user", "content": "?"}])
+    # what stands before a system message in a chat, then [BE] [AE] P: attention looks back only, so with the same words
+    # before it [BE] has the very keys and values here that it will have there. s_m is predicted and never read
+    s, slot = prompt_ids(tokenizer, messages), [-1 - i for i in range(args.k)]
+    words = chat_ids(tokenizer, [{"role": "system", "content": slot + s}, {"role": "user", "content": "?"}])
     ids = words[:words.index(-1)] + slot + [-1 - args.k] * len(ae) + s[:-1]
     ids, target = (torch.tensor(x, device=model.device) for x in ([ids], s))                        # (1, T), (m,)
-    print(f"{args.prompt}: {len(s)} tokens -> {args.k} x {len(mean)} numbers, layout {args.layout}")
+    print(f"{args.prompt}: {len(s)} tokens -> {args.k} x {len(mean)} numbers")
 
     # the one trained tensor: noise at the scale of the embedding table
     torch.manual_seed(args.seed)
@@ -270,8 +236,8 @@ def main():
         if done or (step + 1) % 50 == 0:
             run = {"step": args.steps if done else step + 1, "be": be.detach().cpu(), "best": best,
                    "optimizer": optimizer.state_dict()}
-            save(args.out, kind="be", stage="recon", vector=best["vector"], layout=args.layout, messages=messages,
-                 tokens=len(s), ae=ae.cpu(), model={"name": args.model, "fingerprint": fingerprint(model)},
+            save(args.out, kind="be", stage="recon", vector=best["vector"], messages=messages, tokens=len(s),
+                 ae=ae.cpu(), model={"name": args.model, "fingerprint": fingerprint(model)},
                  metrics={"L_recon": best["loss"], "right": best["right"], "n": len(s)},
                  config=vars(args), history=history, run=run)
         if done:

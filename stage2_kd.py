@@ -31,11 +31,10 @@ def settings():
     add("--prompt", required=True, help="the system prompt: a text file, or a .json with a messages list")
     add("--model", default="models/smollm2-135m", help="hub name or folder of a Llama or Qwen chat model")
     add("--queries", help="what to train on; None is NAME.queries.txt beside the prompt")
-    add("--init", default="out/recon.pt", help="stage 1's artifact; or noise, with --k and --layout as they say")
+    add("--init", default="out/recon.pt", help="stage 1's artifact; or noise, of --k vectors")
     add("--out", default="out/be.pt", help="the artifact")
     add("--resume", action="store_true", help="go on from --out")
     add("--k", type=int, default=1, help="vectors to learn; only with --init noise")
-    add("--layout", default="chat", choices=["chat", "block"], help="[BE]'s place; only with --init noise")
     add("--lam", type=float, default=0.9, help="lambda, the weight of L_KD; at 1 there is no L_recon")
     add("--tau", type=float, default=2.0, help="temperature of L_KD")
     add("--recon-every", type=int, default=4, help="L_recon every so many steps, as much heavier: it costs a prompt")
@@ -50,7 +49,7 @@ def settings():
     return p.parse_args()
 
 
-# --- shared: load_frozen ----------------------------------------------------------------------
+# --- shared: load_frozen --------------------------------------------------------------------
 def fail(message):
     """A user's mistake: one line that says what was expected, what came and what to do; exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
@@ -69,9 +68,9 @@ def load_frozen(name, device="auto"):
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     dtype = torch.bfloat16 if device == "cuda" or device == "cpu" and native else torch.float32
-    local = name.startswith(("models/", ".", "/")) or Path(name).is_dir()           # else the hub is asked for it
     chat = [{"role": role, "content": f"Be a {role}."} for role in ("system", "user", "assistant", "user")]
     try:
+        local = name.startswith(("models/", ".", "/")) or Path(name).is_dir()       # else the hub is asked for it
         source = beside(name).resolve(strict=True) if local else name
         config = transformers.AutoConfig.from_pretrained(source)
         kinds = {config.model_type, *(getattr(config, "layer_types", None) or [])}
@@ -97,20 +96,18 @@ def load_frozen(name, device="auto"):
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
     return model, tokenizer
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: embed ----------------------------------------------------------------------------
+# --- shared: embed --------------------------------------------------------------------------
 def embed(model, ids, learned):
     """The hook: ids (B, T) to input embeddings (B, T, d). id >= 0 is a token of the frozen table; -1 - i is row i of
     learned (n, d), an fp32 master, cast here: bf16 numbers near 0.5 are 0.004 apart, too coarse for a small step."""
     tokens = model.get_input_embeddings()(ids.clamp(min=0))
     rows = F.embedding((-1 - ids).clamp(min=0), learned.to(tokens.dtype))
     return torch.where((ids < 0)[..., None], rows, tokens)
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: chat_ids -------------------------------------------------------------------------
+# --- shared: chat_ids -----------------------------------------------------------------------
 # Llama 3 would print today's date, and Qwen3 would think aloud
 TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}
 
@@ -132,32 +129,9 @@ def chat_ids(tokenizer, messages, generate=True):
     if len(ids) > tokenizer.model_max_length:
         fail(f"expected at most {tokenizer.model_max_length} tokens, as many as fit, found {len(ids)}; shorten it")
     return ids
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: layout ---------------------------------------------------------------------------
-def later_turns(tokenizer, turns):
-    """turns as they follow an answer: BOS or [], and the rest. So no system message is rendered alone: some templates
-    refuse that, others move it."""
-    end = 1 << 40                                           # the answer: an id of no vocabulary, to cut after
-    said = [{"role": r, "content": c} for r, c in (("system", []), ("user", []), ("assistant", [end]))]
-    ids, closed = chat_ids(tokenizer, said + turns), chat_ids(tokenizer, said, generate=False)
-    bos = ids[:1] if ids[0] == tokenizer.bos_token_id and ids.count(ids[0]) == 1 else []    # ChatML's opens every turn
-    return bos, ids[ids.index(end) + len(closed) - closed.index(end):]
-
-
-def layout_ids(tokenizer, layout, slot, turns):
-    """What is fed in the prompt's place. slot: ids [-1, -2, ...], or [] for no prompt at all.
-    chat:   the system MESSAGE is the slot                 <sys> [BE] </sys> <user> q </user> <assistant>
-    block:  the system BLOCK is the slot (the paper's)                [BE] <user> q </user> <assistant>"""
-    if layout == "chat":
-        return chat_ids(tokenizer, [{"role": "system", "content": slot}] + turns)
-    bos, rest = later_turns(tokenizer, turns)
-    return bos + slot + rest
-# --- end shared -------------------------------------------------------------------------------
-
-
-# --- shared: read_prompt ----------------------------------------------------------------------
+# --- shared: read_prompt --------------------------------------------------------------------
 def read_prompt(path):
     """The prompt file -> messages: a text is one system message, a .json file holds a dialogue."""
     try:
@@ -171,19 +145,15 @@ def read_prompt(path):
     return messages
 
 
-def prompt_ids(tokenizer, messages, layout):
-    """s_1 ... s_m, what the slot stands for: one system message's text, or all messages in the template's words."""
-    question = [{"role": "user", "content": []}]
-    ids, (bos, rest) = chat_ids(tokenizer, messages + question), later_turns(tokenizer, question)
-    if layout == "chat" and [m["role"] for m in messages] == ["system"]:
+def prompt_ids(tokenizer, messages):
+    """s_1 ... s_m, what [BE] stands for: a system message's text, or a whole dialogue in the template's words."""
+    if [m["role"] for m in messages] == ["system"]:
         return text_ids(tokenizer, messages[0]["content"])
-    if ids[-len(rest):] != rest:
-        fail("this model's chat template has no system block of its own; use --layout chat and a text as the prompt")
-    return ids[len(bos):-len(rest)]
-# --- end shared -------------------------------------------------------------------------------
+    ids = chat_ids(tokenizer, messages, generate=False)
+    return ids[1:] if ids.count(tokenizer.bos_token_id) == 1 else ids       # ChatML's BOS opens every turn
 
 
-# --- shared: artifact -------------------------------------------------------------------------
+# --- shared: artifact -----------------------------------------------------------------------
 def fingerprint(model):
     """A vector fits the weights it was trained on and no others: a hash over a sample of each of them."""
     h = hashlib.sha256()
@@ -198,16 +168,14 @@ def load(path, kind, maker, model=None):
         if zipfile.ZipFile(beside(path)).testzip():         # the zip's own checksums
             raise ValueError("a wrong checksum")
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
-        found, mark = artifact["kind"], artifact["model"]["fingerprint"]
-        if found != kind or model and mark != fingerprint(model):
-            raise ValueError(f"{found} made for the weights of {artifact['model']['name']}")
+        if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != fingerprint(model):
+            raise ValueError(f"{artifact['kind']} made for the weights of {artifact['model']['name']}")
     except Exception as e:                                  # a damaged file raises many types; each means the same
         fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
     return artifact
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: save -----------------------------------------------------------------------------
+# --- shared: save ---------------------------------------------------------------------------
 def save(path, **artifact):
     """Written beside its place and renamed: a run that is killed here, or a full disk, leaves the old file whole.
     Without an artifact the place is only tried, before the work rather than after it."""
@@ -217,10 +185,9 @@ def save(path, **artifact):
         os.replace(f"{path}.tmp", path) if artifact else os.remove(f"{path}.tmp")
     except (OSError, RuntimeError) as e:                    # torch tells of a full disk by the second
         fail(f"{path}: cannot be written: {e}; what was there before is whole; mend that, or give another --out")
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: pack -----------------------------------------------------------------------------
+# --- shared: pack ---------------------------------------------------------------------------
 def shared_length(rows):
     """How many ids all rows begin with; each keeps one of its own."""
     return min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)
@@ -252,14 +219,13 @@ def answer(model, rows, learned, limit, pack_tokens=4096):
         return body(None, mask, positions[None].to(model.device), cache, embeds).last_hidden_state[0]
 
     body, weight, stop = model.get_decoder(), model.get_output_embeddings().weight, model.generation_config.eos_token_id
-    n, beginning, answers, hidden = shared_length(rows), transformers.DynamicCache(), {}, {}
+    n, beginning, answers, hidden = shared_length(rows), transformers.DynamicCache(), [], []
     if n:
         read(torch.tensor(rows[0][:n]), torch.arange(n), beginning)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     size = max(1, pack_tokens // (max(map(len, rows)) - n + limit))         # attention costs the square of a pack
-    for part in tqdm([order[i:i + size] for i in range(0, len(order), size)], desc="answers", leave=False):
-        ids, positions, owners = pack([rows[i] for i in part], n)
-        end, cache, said, states = torch.tensor([len(rows[i]) for i in part]), copy.deepcopy(beginning), [], []
+    for part in tqdm([rows[i:i + size] for i in range(0, len(rows), size)], desc="answers", leave=False):
+        ids, positions, owners = pack(part, n)
+        end, cache, said, states = torch.tensor([len(row) for row in part]), copy.deepcopy(beginning), [], []
         h = read(ids[n:], positions[n:], cache, sees(model, owners, n))[(end - n).cumsum(0) - 1]        # (B, d)
         while True:
             states.append(h)
@@ -269,14 +235,14 @@ def answer(model, rows, learned, limit, pack_tokens=4096):
                 break
             owners = torch.cat([owners, torch.arange(len(part))])
             h = read(said[-1], end + len(said) - 1, cache, sees(model, owners, len(owners) - len(part)))
-        for i, row, h, e in zip(part, torch.stack(said, 1).tolist(), torch.stack(states, 1).cpu(), ended):
-            length = int(e.int().argmax()) + 1 if e.any() else len(row)
-            answers[i], hidden[i] = row[:length], h[:length].clone()
-    return [answers[i] for i in range(len(rows))], [hidden[i] for i in range(len(rows))]
-# --- end shared -------------------------------------------------------------------------------
+        for tokens, h, e in zip(torch.stack(said, 1).tolist(), torch.stack(states, 1).cpu(), ended):
+            length = int(e.int().argmax()) + 1 if e.any() else len(tokens)
+            answers.append(tokens[:length])
+            hidden.append(h[:length].clone())
+    return answers, hidden
 
 
-# --- shared: answer_hidden --------------------------------------------------------------------
+# --- shared: answer_hidden ------------------------------------------------------------------
 def answer_hidden(model, rows, answers, learned):
     """The last hidden states that predict the tokens of the answers, row after row -> (sum of T, d)."""
     full = [row + a[:-1] for row, a in zip(rows, answers)]
@@ -287,10 +253,9 @@ def answer_hidden(model, rows, answers, learned):
     out = model.get_decoder()(inputs_embeds=embed(model, ids[None].to(model.device), learned), use_cache=False,
                               position_ids=positions[None].to(model.device), attention_mask=sees(model, owners))
     return out.last_hidden_state[0, at]
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: read_queries ---------------------------------------------------------------------
+# --- shared: read_queries -------------------------------------------------------------------
 def read_queries(path):
     """One query a line: a text; in a .jsonl or .ndjson an object with a question, query or instruction (and its input),
     or with messages, the last one the user's -> chats, lists of messages, each once."""
@@ -313,10 +278,9 @@ def read_queries(path):
         fail(f"{where}: expected a text in UTF-8, or in a .jsonl rows with a question, query, instruction or messages "
              f"that end with the user's; found {type(e).__name__}: {e}; the model itself asks some: python queries.py")
     return list(chats.values())
-# --- end shared -------------------------------------------------------------------------------
 
 
-# --- shared: torchrun -------------------------------------------------------------------------
+# --- shared: torchrun -----------------------------------------------------------------------
 def torchrun():
     """This process's rank and their number: 0 and 1, but for torchrun. Rank 0 alone answers, prints and saves."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -360,17 +324,10 @@ def main():
     random.Random(args.seed).shuffle(chats)
     held = range(min(32, max(1, round(args.held_out * len(chats)))))                # the first ones are held out
     train = range(len(held), len(chats))
-    if min(args.k, args.steps, args.batch) < 1 or len(train) < args.batch or args.batch % world:
-        fail(f"expected --k and --steps above 0, and at least --batch {args.batch} queries to train on, a multiple of "
-             f"{world} processes; found {len(train)} after {len(held)} held out; give more queries, or another --batch")
-    stage1, maker = None, f"python stage1_recon.py --prompt {args.prompt} --model {args.model}"
-    if args.init != "noise":
-        stage1 = load(args.init, "be", maker)
-        if stage1["messages"] != messages:
-            fail(f"--init {args.init}: it was made for another prompt; make one with: {maker}")
-        if (args.k, args.layout) != (1, "chat"):
-            fail(f"--k and --layout are those of --init {args.init}: leave them out, or give --init noise")
-    elif args.lam < 1:
+    if len(train) < args.batch or args.batch % world:
+        fail(f"expected at least --batch {args.batch} queries to train on, and a multiple of {world} processes; "
+             f"found {len(train)} after {len(held)} held out; give more queries, or another --batch")
+    if args.init == "noise" and args.lam < 1:
         fail("--init noise has no [AE] for L_recon: add --lam 1, or run stage 1 first")
     if rank == 0:
         save(args.out)
@@ -381,18 +338,21 @@ def main():
 
     # where [BE] starts: from stage 1, or from noise at the scale of the embedding table
     torch.manual_seed(args.seed)
-    start, layout, ae = mean + std * torch.randn(args.k, len(mean)).to(mean), args.layout, table.new_zeros(0, len(mean))
-    if stage1:
-        load(args.init, "be", maker, model)
-        start, layout, ae = stage1["vector"].to(mean), stage1["layout"], stage1["ae"].to(mean)            # (k, d) fp32
+    start, ae = mean + std * torch.randn(args.k, len(mean)).to(mean), table.new_zeros(0, len(mean))     # (k, d) fp32
+    if args.init != "noise":
+        maker = f"python stage1_recon.py --prompt {args.prompt} --model {args.model}"
+        stage1 = load(args.init, "be", maker, model)
+        if stage1["messages"] != messages or args.k not in (1, len(stage1["vector"])):
+            fail(f"--init {args.init}: it was made for another prompt or another --k; make one with: {maker}")
+        start, ae = stage1["vector"].to(mean), stage1["ae"].to(mean)
     del table
 
     # the data: what the teacher reads and answers, and what the student reads in its place
-    s, slot = prompt_ids(tokenizer, messages, layout), [-1 - i for i in range(len(start))]
+    s, slot = prompt_ids(tokenizer, messages), [-1 - i for i in range(len(start))]
     full = [chat_ids(tokenizer, messages + chat) for chat in chats]
-    rows = [layout_ids(tokenizer, layout, slot, chat) for chat in chats]
-    empty = [layout_ids(tokenizer, layout, [], chat) for chat in chats]
-    print(f"{args.prompt}: {len(s)} tokens -> {len(start)} x {len(mean)} numbers, layout {layout}; "
+    rows = [chat_ids(tokenizer, [{"role": "system", "content": slot}] + chat) for chat in chats]
+    empty = [chat_ids(tokenizer, [{"role": "system", "content": []}] + chat) for chat in chats]
+    print(f"{args.prompt}: {len(s)} tokens -> {len(start)} x {len(mean)} numbers; "
           f"{len(train)} queries to train on, {len(held)} held out")
     key = json.dumps([fingerprint(model), str(model.dtype), full, model.generation_config.eos_token_id,
                       args.answer_tokens])
@@ -470,8 +430,8 @@ def main():
             if kl < best["kl"]:
                 best = {"kl": kl, "vector": be.detach().clone()}
             run = {"step": step + 1, "be": be.detach().cpu(), "best": best, "optimizer": optimizer.state_dict()}
-            save(args.out, kind="be", stage="kd", vector=best["vector"].cpu(), layout=layout, messages=messages,
-                 tokens=len(s), ae=ae.cpu(), model={"name": args.model, "fingerprint": fingerprint(model)},
+            save(args.out, kind="be", stage="kd", vector=best["vector"].cpu(), messages=messages, tokens=len(s),
+                 ae=ae.cpu(), model={"name": args.model, "fingerprint": fingerprint(model)},
                  metrics={"held-out KL": best["kl"], "no prompt": none, "n": len(held)},
                  config=vars(args), history=history, trained_on=chats, run=run)
         bar.set_postfix(L_KD=f"{kd.item():.3f}", held_out_gap_closed=f"{1 - best['kl'] / none:.3f}")

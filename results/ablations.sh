@@ -11,14 +11,13 @@
 #     memory-kd   without [AE]: a memory token        lambda 0.9
 #     lam-50      as full                             lambda 0.5
 #     k-4         as full, four vectors               lambda 0.9
-#     block       as full, [BE] for the whole system block; its gap is from no system block at all
 # Beside PROMPT.txt it wants PROMPT.queries.txt and PROMPT.test.txt. Finished runs are skipped and a killed one goes on:
 # start it again. Another MODEL, AE or STEPS wants another OUT. results/ablations.jsonl is of an earlier, larger grid.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python} MODEL=${MODEL:-models/smollm2-135m} AE=${AE:-artifacts/ae-smollm2-135m.pt}
 PROMPTS=${PROMPTS:-prompts/pirate.txt prompts/support.txt} SEEDS=${SEEDS:-0 1 2} STEPS=${STEPS:-100}
-ROWS=${ROWS:-full kd recon memory-kd lam-50 k-4 block} OUT=${OUT:-out/ablations}
+ROWS=${ROWS:-full kd recon memory-kd lam-50 k-4} OUT=${OUT:-out/ablations}
 FIRST=$((STEPS < 4 ? 1 : STEPS / 4)) chosen="MODEL=$MODEL AE=$AE STEPS=$STEPS"
 mkdir -p "$OUT"
 [ -e "$OUT/settings.txt" ] || echo "$chosen" > "$OUT/settings.txt"
@@ -43,7 +42,6 @@ for seed in $SEEDS; do for prompt in $PROMPTS; do for row in $ROWS; do
         memory-kd)  both memory "--ae none" ;;
         lam-50)     both base "" --lam 0.5 ;;
         k-4)        both k-4 "--k 4" ;;
-        block)      both block "--layout block" ;;
     esac
     (set -x; "$PYTHON" eval_kl.py --be "$name.pt" >&2)
 done; done; done

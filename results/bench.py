@@ -27,8 +27,7 @@ from tqdm import tqdm
 # what is measured is the code that runs, not a copy of it
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from stage2_kd import (
-    HeadKL, answer, answer_hidden, chat_ids, embed, fail, layout_ids, load_frozen, read_prompt,
-    read_queries, shared_length)
+    HeadKL, answer, answer_hidden, chat_ids, embed, fail, load_frozen, read_prompt, read_queries, shared_length)
 
 
 QUERIES = "prompts/pirate.queries.txt"                  # asked of every prompt but that of item 4
@@ -70,7 +69,7 @@ def fed(tokenizer, path, chats):
     """What stands before an answer: rows with the prompt, and rows with [BE]."""
     messages = read_prompt(path)
     return ([chat_ids(tokenizer, messages + chat) for chat in chats],
-            [layout_ids(tokenizer, "chat", [-1], chat) for chat in chats])
+            [chat_ids(tokenizer, [{"role": "system", "content": [-1]}] + chat) for chat in chats])
 
 
 def noise(model, seed=0):
@@ -276,7 +275,7 @@ def held_out(args, model, tokenizer, folder, seed, n):
         student = answer_hidden(model, some[:n], answers[:n], vector)
         return HeadKL.apply(student, torch.cat(target[:n]).to(student), weight, 1.0).sum().item()
 
-    none = kl([layout_ids(tokenizer, "chat", [], chat) for chat in chats], noise(model))
+    none = kl([chat_ids(tokenizer, [{"role": "system", "content": []}] + chat) for chat in chats], noise(model))
     return full, rows, lambda vector: 1 - kl(rows, vector) / none
 
 

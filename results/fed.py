@@ -9,7 +9,7 @@ from pathlib import Path
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))     # the stages' own functions: what they feed is shown
-from stage1_recon import beside, chat_ids, layout_ids, text_ids
+from stage1_recon import beside, chat_ids, text_ids
 
 TEXT, PROMPT, QUERY, ANSWER = "Tea is hot.", "Talk like a pirate.", "How are you?", "Aye, well!"
 BE, AE = -1, -2
@@ -17,7 +17,7 @@ BE, AE = -1, -2
 tokenizer = transformers.AutoTokenizer.from_pretrained(beside("models/smollm2-135m"))
 end, turns = tokenizer.eos_token_id, [{"role": "user", "content": QUERY}]
 x, s, a = (text_ids(tokenizer, text) for text in (TEXT, PROMPT, ANSWER))
-student = layout_ids(tokenizer, "chat", [BE], turns)
+student = chat_ids(tokenizer, [{"role": "system", "content": [BE]}] + turns)
 teacher = chat_ids(tokenizer, [{"role": "system", "content": PROMPT}] + turns)
 words = student[:student.index(BE)]
 

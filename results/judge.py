@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from eval_rolellm import fail, keep, kept, read_roles
+from eval_rolellm import fail, kept, read_roles
 
 JUDGE = ("Two actors were given the same part and the same question. Decide who plays the part better.\n\n"
          "The part: {role}. {description}\n\nThe question: {question}\n\n<A>\n{a}\n</A>\n\n<B>\n{b}\n</B>\n\n"
@@ -58,7 +58,8 @@ def judged(args, role, description, triples):
                     reply = client.chat.completions.create(**body).choices[0].message.content or ""
                 except Exception as e:                      # servers fail in many ways; each means the same
                     fail(f"--judge-url {args.judge_url}: {e}; what is there is kept: the same command goes on from it")
-                keep(verdicts, file, key=key, judge=args.judge_model, reply=reply)
+                verdicts[key] = {"key": key, "judge": args.judge_model, "reply": reply}
+                print(json.dumps(verdicts[key]), file=file, flush=True)
             word = re.sub(r"(?s)^.*</think>|[\W_]", "", verdicts[key]["reply"]).upper()
             votes.append({"A": sign, "B": -sign, "TIE": 0}.get(word))
         total = None if None in votes else sum(votes)

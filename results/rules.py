@@ -1,7 +1,7 @@
 """Rules kept: which rules of prompts/desk.txt an answer keeps, with the prompt, with [BE], with neither.
 
     full prompt             the prompt of the help desk, then the question
-    FILE.pt                 [BE] of this artifact, in its layout
+    FILE.pt                 [BE] of this artifact
     no prompt               an empty system message
     default system prompt   what the template puts there by itself
     prompt cut to a tenth   the prompt's first tokens
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from stage2_kd import (
-    answer, beside, chat_ids, fail, fingerprint, layout_ids, load, load_frozen, prompt_ids, read_prompt)
+    answer, beside, chat_ids, fail, fingerprint, load, load_frozen, prompt_ids, read_prompt)
 
 COMPETITORS = "StoreKing|BoxCastle|Lock and Go"
 CATEGORIES = {"PRICE", "ACCESS", "BOOKING", "URGENT", "OTHER"}
@@ -162,14 +162,13 @@ def main():
 
     # what is fed in each condition, without [BE] itself; a key says all that decides an answer but for rounding
     turns = [[{"role": "user", "content": row["query"]}] for row in rows]
+    s = prompt_ids(tokenizer, messages)
+    slots = {path: [-1 - i for i in range(len(be["vector"]))] for path, be in artifacts.items()}
+    slots |= {"no prompt": [], "prompt cut to a tenth": s[:len(s) // 10]}
     fed = {"full prompt": [chat_ids(tokenizer, messages + t) for t in turns]}
-    for path, be in artifacts.items():
-        slot = [-1 - i for i in range(len(be["vector"]))]
-        fed[path] = [layout_ids(tokenizer, be["layout"], slot, t) for t in turns]
-    s = prompt_ids(tokenizer, messages, "chat")
-    fed["no prompt"] = [layout_ids(tokenizer, "chat", [], t) for t in turns]
+    for name, slot in slots.items():
+        fed[name] = [chat_ids(tokenizer, [{"role": "system", "content": slot}] + t) for t in turns]
     fed["default system prompt"] = [chat_ids(tokenizer, t) for t in turns]
-    fed["prompt cut to a tenth"] = [layout_ids(tokenizer, "chat", s[:len(s) // 10], t) for t in turns]
     if args.compressed:
         compressed = read_prompt(args.compressed)
         fed["compressed prompt"] = [chat_ids(tokenizer, compressed + t) for t in turns]

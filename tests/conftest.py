@@ -166,6 +166,11 @@ def opened(path):
     return torch.load(path, weights_only=True)
 
 
+def before(tokenizer, slot, turns):
+    """What stands before an answer, with ids in the place of the system message."""
+    return script("stage2_kd").chat_ids(tokenizer, [{"role": "system", "content": slot}] + turns)
+
+
 @torch.no_grad()
 def plain_logits(model, ids, learned):
     """The reference for every fast path: one row, no cache, no mask, nothing packed -> (T, V)."""
@@ -233,7 +238,7 @@ def artifact(model, k=1, seed=0, **changes):
     """What a stage saves: k vectors and [AE], noise around the rows of the embedding table."""
     table, g = model.get_input_embeddings().weight, torch.Generator().manual_seed(seed)
     vectors = table.mean(0) + 3 * table.std(0) * torch.randn(k + 1, 64, generator=g)
-    return {"kind": "be", "stage": "kd", "vector": vectors[:k], "ae": vectors[k:], "layout": "chat", "tokens": 40,
+    return {"kind": "be", "stage": "kd", "vector": vectors[:k], "ae": vectors[k:], "tokens": 40,
             "messages": [{"role": "system", "content": PROMPT}], "config": {"prompt": "p.txt"}, "metrics": {"n": 3},
             "model": {"name": model.name_or_path, "fingerprint": script("infer").fingerprint(model)}, "history": [],
             **changes}
@@ -241,10 +246,10 @@ def artifact(model, k=1, seed=0, **changes):
 
 @pytest.fixture(scope="session")
 def vectors(smol, tmp_path_factory):
-    """A folder with ae.pt, recon.pt and be.pt (k 1, chat) and block.pt (k 2, block) for smol."""
+    """A folder with ae.pt, recon.pt, be.pt and two.pt (k 2) for smol."""
     folder = tmp_path_factory.mktemp("vectors")
     torch.save(artifact(smol[0], seed=1, kind="ae"), folder / "ae.pt")
     torch.save(artifact(smol[0], seed=2, stage="recon"), folder / "recon.pt")
     torch.save(artifact(smol[0], seed=3), folder / "be.pt")
-    torch.save(artifact(smol[0], k=2, layout="block"), folder / "block.pt")
+    torch.save(artifact(smol[0], k=2), folder / "two.pt")
     return folder

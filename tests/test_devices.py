@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from conftest import TINY, main, opened, script
+from conftest import TINY, before, main, opened, script
 
 kd, aten = script("stage2_kd"), torch.ops.aten
 GPU = torch.device("mps", 0)                # any that torch does not start on being named, as it does CUDA
@@ -66,7 +66,7 @@ def test_no_tensor_is_left_on_the_other_device(loaded, two_devices):
     """embed, pack, answer and one step of stage 2."""
     (model, tokenizer), found = loaded, []
     asked = [[{"role": "user", "content": text}] for text in ("Why?", "How is it made?")]
-    rows = [kd.layout_ids(tokenizer, "chat", [-1], turns) for turns in asked]
+    rows = [before(tokenizer, [-1], turns) for turns in asked]
     noise = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
     for somewhere, start in ((model, noise), (to_gpu(model), Far(noise))):
         be = torch.nn.Parameter(start)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from rouge_score.tokenizers import DefaultTokenizer
 
-from conftest import PROMPT, ROOT, SENTENCES, TINY, main, opened, plain_greedy, plain_measure, refused, script
+from conftest import (
+    PROMPT, ROOT, SENTENCES, TINY, before, main, opened, plain_greedy, plain_measure, refused, script)
 
 SHORT, SYSTEM = ["--max-new-tokens", 6, *TINY], [{"role": "system", "content": PROMPT}]
 gsm, role, kl = script("eval_gsm8k"), script("eval_rolellm"), script("eval_kl")
@@ -85,9 +86,9 @@ def asked(work, vectors):
     """Five questions, and two artifacts of one prompt."""
     rows = [{"question": f" {s}?", "answer": f"1 + 1 = 2\n#### 1,00{i}"} for i, s in enumerate(SENTENCES[:5])]
     write(work / "test.jsonl", rows)
-    for name in ("be", "block"):
+    for name in ("be", "two"):
         shutil.copy(vectors / f"{name}.pt", work)
-    return ["--be", "be.pt", "block.pt", "--data", "test.jsonl", "--out", "g.jsonl", "--batch", 2, *SHORT]
+    return ["--be", "be.pt", "two.pt", "--data", "test.jsonl", "--out", "g.jsonl", "--batch", 2, *SHORT]
 
 
 def write(path, rows):
@@ -114,8 +115,8 @@ def test_gsm8k_asks_in_every_condition_goes_on_after_a_kill_and_scores_what_is_k
     rows, (model, tokenizer) = rows_of(work / "g.jsonl"), smol
     turns = [[{"role": "user", "content": gsm.WORDING.format(question=f"{s}?")}] for s in SENTENCES[:5]]
     fed = {"full prompt": [gsm.chat_ids(tokenizer, SYSTEM + t) for t in turns],
-           "be.pt": [gsm.layout_ids(tokenizer, "chat", [-1], t) for t in turns],
-           "block.pt": [gsm.layout_ids(tokenizer, "block", [-1, -2], t) for t in turns],
+           "be.pt": [before(tokenizer, [-1], t) for t in turns],
+           "two.pt": [before(tokenizer, [-1, -2], t) for t in turns],
            "no prompt": [gsm.chat_ids(tokenizer, t) for t in turns]}
     assert {(row["condition"], row["question"]) for row in rows} == {(name, i) for name in fed for i in range(5)}
     for row in rows:
@@ -125,7 +126,7 @@ def test_gsm8k_asks_in_every_condition_goes_on_after_a_kill_and_scores_what_is_k
         assert (row["new_tokens"], row["context_tokens"]) == (len(said), len(ids))
 
     # answers given here are scored anew, and nothing is made
-    right = {"full prompt": [1, 2, 3, 4], "be.pt": [0, 1, 2], "block.pt": [1, 2, 3, 4], "no prompt": []}
+    right = {"full prompt": [1, 2, 3, 4], "be.pt": [0, 1, 2], "two.pt": [1, 2, 3, 4], "no prompt": []}
     for row in rows:
         good = row["question"] in right[row["condition"]]
         row["answer"] = f"It is 5. The final answer is ${1000 + row['question']:,}.00" if good else "It is 17"
@@ -151,8 +152,8 @@ def test_what_is_no_gsm8k_is_refused(name, content, word, asked, work):
 # --- KL
 
 def test_eval_kl_measures_what_is_fed_against_plain_logits(vectors, work, smol):
-    """Three test queries, one of which [BE] was trained on; the artifact of layout block with two vectors."""
-    be, (model, tokenizer) = opened(vectors / "block.pt"), smol
+    """Three test queries, one of which [BE] was trained on; the artifact of two vectors."""
+    be, (model, tokenizer) = opened(vectors / "two.pt"), smol
     chats = [[{"role": "user", "content": text}] for text in ("Why is it cold?", "Who has the key?", "Trained on?")]
     (work / "p.test.txt").write_text("".join(f"{chat[0]['content']}\n" for chat in chats))
     torch.save(be | {"config": {"prompt": "p.txt", "answer_tokens": 7}, "trained_on": [chats.pop()]}, "be.pt")
@@ -160,8 +161,8 @@ def test_eval_kl_measures_what_is_fed_against_plain_logits(vectors, work, smol):
     assert r.code == 0 and "2 test queries; 1 left out" in r.out, r.err
     controls = json.loads((work / "x.json").read_text())["controls"]
     fed = {"full prompt": [kl.chat_ids(tokenizer, SYSTEM + chat) for chat in chats],
-           "[BE]": [kl.layout_ids(tokenizer, "block", [-1, -2], chat) for chat in chats],
-           "no prompt": [kl.layout_ids(tokenizer, "block", [], chat) for chat in chats],
+           "[BE]": [before(tokenizer, [-1, -2], chat) for chat in chats],
+           "no prompt": [before(tokenizer, [], chat) for chat in chats],
            "default system prompt": [kl.chat_ids(tokenizer, chat) for chat in chats]}
     plain = {name: plain_measure(model, fed["full prompt"], rows, be["vector"], 7) for name, rows in fed.items()}
     for name, (nats, same) in plain.items():
@@ -212,7 +213,7 @@ def test_rolellm_goes_from_folder_to_table_and_goes_on_after_a_kill(bench, check
     assert len(rows) == 12 and {row["condition"] for row in rows} == {"full", "be", "none"}
     assert all(line["kl"] > 0 and 0 <= line["full"] <= 1 and not line.get("win_rate") for line in data["roles"])
     row, (model, tokenizer) = next(row for row in rows if row["condition"] == "be"), smol
-    ids = role.layout_ids(tokenizer, "chat", [-1], [{"role": "user", "content": "Old Captain, what is the reef?"}])
+    ids = before(tokenizer, [-1], [{"role": "user", "content": "Old Captain, what is the reef?"}])
     said = plain_greedy(model, ids, opened("mine/Old_Captain.pt")["vector"], 6)
     assert row["answer"] == tokenizer.decode(said, skip_special_tokens=True).strip()
     table, whole = (work / "out/r.md").read_text(), (work / "out/r.answers.jsonl").read_bytes()

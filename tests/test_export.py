@@ -6,7 +6,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from conftest import PROMPT, SENTENCES, artifact, load_tiny, main, refused, script
+from conftest import PROMPT, SENTENCES, artifact, before, load_tiny, main, refused, script
 
 infer, USER = script("infer"), [{"role": "user", "content": "How many apples are left?"}]
 LATER = [*USER, {"role": "assistant", "content": "Aye."}, {"role": "user", "content": "Why is that?"}]
@@ -32,7 +32,7 @@ def fed(tokenizer, system, turns):
 def same_as_hook(case, served, tokenizer, about, turns):
     """The message of about is fed where the hook has its slots, and gives the hook's logits."""
     _, vector, model, own = case
-    slots = infer.layout_ids(own, "chat", [-1 - i for i in range(len(vector))], turns)
+    slots = before(own, [-1 - i for i in range(len(vector))], turns)
     ids = fed(tokenizer, about["system message"], turns)
     assert ids == [about["ids"][-1 - i] if i < 0 else i for i in slots]
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_several_artifacts_are_a_folder_each_and_an_earlier_export_is_replaced_w
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["block.pt", "--adapter", "new"], ["chat", "block"]), (["ae.pt", "--out", "new"], ["ae.pt"]),
+    (["ae.pt", "--out", "new"], ["ae.pt"]),
     (["nope.pt", "--out", "new"], ["nope.pt", "python stage2_kd.py"]),
     (["be.pt", "--out", "thesis"], ["thesis", "already"]),
     (["be.pt", "--adapter", "thesis", "--overwrite"], ["thesis", "already"]),

@@ -1,14 +1,14 @@
-"""infer.py: the plain greedy answer, in the artifact's own layout; whole characters come out; a chat goes on."""
+"""infer.py: the plain greedy answer, whole characters come out; a chat goes on."""
 import json, os, re, shutil, subprocess, sys
 
 import pytest
 
-from conftest import PROMPT, ROOT, TINY, main, opened, plain_greedy, script
+from conftest import PROMPT, ROOT, TINY, before, main, opened, plain_greedy, script
 
 infer = script("infer")
 
 
-@pytest.mark.parametrize("name", ["be", "block"])
+@pytest.mark.parametrize("name", ["be", "two"])
 def test_compare_feeds_the_prompt_the_slot_and_nothing(name, smol, checkpoints, vectors, work):
     """And answers greedily, whatever the folder's own generation config says."""
     model, tokenizer = smol
@@ -16,8 +16,8 @@ def test_compare_feeds_the_prompt_the_slot_and_nothing(name, smol, checkpoints, 
     turns = [{"role": "user", "content": "How many apples are left?"}]
     slot = [-1 - i for i in range(len(be["vector"]))]
     fed = {"full prompt": infer.chat_ids(tokenizer, [{"role": "system", "content": PROMPT}] + turns),
-           "[BE]": infer.layout_ids(tokenizer, be["layout"], slot, turns),
-           "no prompt": infer.layout_ids(tokenizer, be["layout"], [], turns)}
+           "[BE]": before(tokenizer, slot, turns),
+           "no prompt": before(tokenizer, [], turns)}
     folder = shutil.copytree(checkpoints["smol"], work / "model")
     config = json.loads((folder / "generation_config.json").read_text())
     own = {"repetition_penalty": 9.0, "do_sample": True, "temperature": 5.0}

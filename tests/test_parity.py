@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from conftest import PROMPT, ROOT, SENTENCES, plain_greedy, script
+from conftest import PROMPT, ROOT, SENTENCES, before, plain_greedy, script
 
 kd = script("stage2_kd")
 SYSTEM = [{"role": "system", "content": PROMPT}]
@@ -27,10 +27,9 @@ def cases(tokenizer):
     """name -> rows as the teacher, the student and odd callers give them."""
     words = " ".join(SENTENCES).split()
     asked = [user(" ".join(words[3 * i:][:1 + 7 * i % 23])) for i in range(6)]
-    student = [kd.layout_ids(tokenizer, "chat", [-1, -2], turns) for turns in asked[:5]]
+    student = [before(tokenizer, [-1, -2], turns) for turns in asked[:5]]
     return {"one prompt": [kd.chat_ids(tokenizer, SYSTEM + turns) for turns in asked],
             "the slot in the shared beginning": student,
-            "the block layout": [kd.layout_ids(tokenizer, "block", [-1, -2], turns) for turns in asked[:3]],
             "two rows the same": [student[0], student[1], student[0]],
             "all rows the same": [student[2]] * 3,
             "a single row": student[3:4],

@@ -68,7 +68,7 @@ BAD = {"missing": lambda p: p.unlink(),
        "no artifact": lambda p: torch.save({"vector": torch.ones(2, 64)}, p),
        "another kind": lambda p: torch.save(GOOD | {"kind": "ae"}, p),
        "another model's": lambda p: torch.save(GOOD | {"model": {"name": "other", "fingerprint": "f00"}}, p),
-       "code": lambda p: torch.save(GOOD | {"layout": Evil(p.parent / "ran")}, p),
+       "code": lambda p: torch.save(GOOD | {"more": Evil(p.parent / "ran")}, p),
        "a plain pickle of code": lambda p: p.write_bytes(pickle.dumps(Evil(p.parent / "ran")))}
 
 

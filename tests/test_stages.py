@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import PROMPT, SENTENCES, TINY, fill, main, opened, plain_logits, plain_measure, run, script
+from conftest import (
+    PROMPT, SENTENCES, TINY, before, fill, main, opened, plain_logits, plain_measure, run, script)
 
 STAGE0 = ["--data", "corpus.jsonl", "--steps", 12, "--eval-every", 4, "--held-out", 4, "--batch", 2, "--max-tokens", 48,
           "--lr", 0.3]
@@ -34,13 +35,13 @@ def run_frozen(name, *args, cwd):
     return r, model, tokenizer
 
 
-@pytest.fixture(scope="module", params=[("llama3", "block", 3, "p.txt"), ("qwen3", "chat", 1, "p.txt"),
-                                        ("qwen2", "block", 2, "p.json")], ids=lambda p: p[0])
+@pytest.fixture(scope="module", params=[("llama3", 3, "p.txt"), ("qwen3", 1, "p.txt"), ("qwen2", 2, "p.json")],
+                ids=lambda p: p[0])
 def chain(request, checkpoints, tmp_path_factory):
     """[AE], then [BE] of stage 1, then [BE] of stage 2, by their default names; of a dialogue, without [AE]."""
-    kind, layout, k, prompt = request.param
+    kind, k, prompt = request.param
     folder, messages = fill(tmp_path_factory.mktemp("chain") / "work"), [{"role": "system", "content": PROMPT}]
-    stage1 = ["--prompt", prompt, *STAGE1, "--layout", layout, "--k", k]
+    stage1 = ["--prompt", prompt, *STAGE1, "--k", k]
     if prompt == "p.json":
         messages += [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Aye."}]
         (folder / prompt).write_text(json.dumps({"messages": messages}))
@@ -49,8 +50,8 @@ def chain(request, checkpoints, tmp_path_factory):
     done = [run_frozen(name, "--model", checkpoints[kind], *arguments, cwd=folder) for name, arguments in jobs]
     ae, recon, be = (opened(folder / f"out/{name}.pt") for name in ("ae", "recon", "be"))
     model, tokenizer = done[-1][1:]
-    return SimpleNamespace(layout=layout, slot=[-1 - i for i in range(k)], messages=messages, ae=ae, recon=recon, be=be,
-                           folder=folder, outs=[r.out for r, *_ in done], model=model, tokenizer=tokenizer)
+    return SimpleNamespace(slot=[-1 - i for i in range(k)], messages=messages, ae=ae, recon=recon, be=be, folder=folder,
+                           outs=[r.out for r, *_ in done], model=model, tokenizer=tokenizer)
 
 
 def test_each_stage_writes_its_artifact_and_names_the_next_command(chain):
@@ -59,10 +60,10 @@ def test_each_stage_writes_its_artifact_and_names_the_next_command(chain):
         assert found["kind"] == kind and found["vector"].shape == (k, 64) and found["vector"].dtype == torch.float32
         assert found["metrics"]["n"] > 0 and found["history"]
         assert found["model"]["fingerprint"] == script("infer").fingerprint(chain.model)
-    s = script("stage2_kd").prompt_ids(chain.tokenizer, chain.messages, chain.layout)
+    s = script("stage2_kd").prompt_ids(chain.tokenizer, chain.messages)
     ae = chain.ae["vector"][len(chain.messages) > 1:]       # none for the dialogue
     for found in (chain.recon, chain.be):
-        assert found["layout"] == chain.layout and found["messages"] == chain.messages
+        assert found["messages"] == chain.messages
         assert found["tokens"] == len(s) and torch.equal(found["ae"], ae)
     nexts = [("stage1_recon.py", "out/ae.pt"), ("stage2_kd.py", "out/recon.pt"), ("eval_kl.py", "out/be.pt")]
     for out, (name, path) in zip(chain.outs, nexts):
@@ -72,7 +73,6 @@ def test_each_stage_writes_its_artifact_and_names_the_next_command(chain):
 
 
 def test_stage_0_learns_and_reports_the_loss_of_the_vector_it_saved(chain):
-    """Its loss over cached texts, against one plain forward pass a text."""
     losses = [row["held-out L_AE"] for row in chain.ae["history"] if "held-out L_AE" in row]
     assert len(losses) == 3 and min(losses) < losses[0] and chain.ae["metrics"]["held-out L_AE"] == min(losses)
     ae, tokenizer = script("stage0_ae"), chain.tokenizer
@@ -91,8 +91,8 @@ def test_stage_1_learns_and_reports_the_loss_of_the_vector_it_saved(chain):
     losses = [row["L_recon"] for row in chain.recon["history"]]
     assert len(losses) == 40 and losses[-1] < losses[0] - 0.2 and chain.recon["metrics"]["L_recon"] == min(losses)
     recon, trigger = script("stage1_recon"), [chain.slot[-1] - 1] * len(chain.recon["ae"])
-    s = recon.prompt_ids(chain.tokenizer, chain.recon["messages"], chain.layout)
-    words = recon.layout_ids(chain.tokenizer, chain.layout, chain.slot, [{"role": "user", "content": "?"}])
+    s = recon.prompt_ids(chain.tokenizer, chain.recon["messages"])
+    words = before(chain.tokenizer, chain.slot, [{"role": "user", "content": "?"}])
     logits = plain_logits(chain.model, words[:words.index(-1)] + chain.slot + trigger + s,
                           torch.cat([chain.recon["vector"], chain.recon["ae"]]))[-len(s) - 1:-1]
     assert F.cross_entropy(logits, torch.tensor(s)).item() == pytest.approx(min(losses), abs=1e-4)
@@ -112,7 +112,7 @@ def test_stage_2_reports_the_divergence_of_the_vector_it_saved(chain):
     assert len(held) == round(0.15 * len(chats))
     full = [kd.chat_ids(chain.tokenizer, chain.be["messages"] + chat) for chat in held]
     for name, slot in [("held-out KL", chain.slot), ("no prompt", [])]:
-        rows = [kd.layout_ids(chain.tokenizer, chain.layout, slot, chat) for chat in held]
+        rows = [before(chain.tokenizer, slot, chat) for chat in held]
         kl, _ = plain_measure(chain.model, full, rows, chain.be["vector"], 6)
         assert metrics[name] == pytest.approx(kl, abs=1e-5)
 
@@ -129,7 +129,7 @@ def same(a, b):
 
 
 P = ["--prompt", "p.txt"]
-NOISE = ["--init", "noise", "--lam", 1, "--k", 3, "--layout", "block", "--steps", 45, "--eval-every", 15]
+NOISE = ["--init", "noise", "--lam", 1, "--k", 3, "--steps", 45, "--eval-every", 15]
 RESUMED = {"stage 0": ("stage0_ae", STAGE0),
            "stage 1": ("stage1_recon", [*P, *STAGE1, "--steps", 110, "--k", 2]),
            "stage 2": ("stage2_kd", [*P, *STAGE2]),                     # out/recon.pt is there

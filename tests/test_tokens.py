@@ -2,7 +2,7 @@
 place, and no special token out of a user's text."""
 import pytest
 
-from conftest import KINDS, PROMPT, TEXT, build_tokenizer, script
+from conftest import KINDS, PROMPT, TEXT, before, build_tokenizer, script
 
 kd, recon = script("stage2_kd"), script("stage1_recon")
 SYSTEM = {"role": "system", "content": PROMPT}
@@ -11,7 +11,6 @@ SAID = {"role": "assistant", "content": "She has 18 - 7 = 11 apples.\n\nAsk me a
 ODD = {"role": "user", "content": "été, 日本 🙂\n\n  * two  spaces\n\n\n\tand a tab = 0.5%"}
 DIALOGUES = {"system and user": [SYSTEM, USER], "user only": [USER], "several turns": [SYSTEM, USER, SAID, ODD],
              "turns without system": [USER, SAID, USER, SAID, USER], "odd system": [ODD | {"role": "system"}, USER]}
-BEFORE_USER = {"llama3": "<|start_header_id|>user<|end_header_id|>\n\n", "llama2": "<s>[INST]\n"}
 
 
 @pytest.fixture(params=KINDS)
@@ -50,33 +49,17 @@ def test_the_name_of_a_special_token_inside_a_text_is_text(tokenizer, where):
 
 @pytest.mark.parametrize("k", [0, 1, 3])
 @pytest.mark.parametrize("turns", [[USER], [USER, SAID, USER]], ids=["first turn", "later turn"])
-def test_the_slot_stands_in_its_place(kind, tokenizer, k, turns):
-    """chat: where the system message stood. block: in the place of all that comes before the user's turn, which is as
-    it follows an answer, header and all; a real BOS stays before it."""
+def test_the_slot_stands_where_the_system_message_stood(tokenizer, k, turns):
     slot, text = [-1 - i for i in range(k)], kd.text_ids(tokenizer, PROMPT)
-    full, ids = kd.chat_ids(tokenizer, [SYSTEM] + turns), kd.layout_ids(tokenizer, "chat", slot, turns)
+    full = kd.chat_ids(tokenizer, [SYSTEM] + turns)
     at = next(i for i in range(len(full)) if full[i:i + len(text)] == text)
-    assert ids == full[:at] + slot + full[at + len(text):]
-    ids = kd.layout_ids(tokenizer, "block", slot, turns)
-    bos = [tokenizer.bos_token_id] if kind == "llama3" else []      # smol's and llama2's open every turn
-    before, rest = ids[:len(bos) + k], ids[len(bos) + k:]
-    assert before == bos + slot
-    assert rest == kd.chat_ids(tokenizer, [SYSTEM, USER, SAID] + turns)[-len(rest):]
-    header = tokenizer(BEFORE_USER.get(kind, "<|im_start|>user\n"), add_special_tokens=False)["input_ids"]
-    begins = header + kd.text_ids(tokenizer, USER["content"])
-    assert rest[:len(begins)] == begins
+    assert before(tokenizer, slot, turns) == full[:at] + slot + full[at + len(text):]
 
 
 def test_what_the_slot_stands_for(kind, tokenizer):
-    """chat: the text of one system message; block, or a dialogue: all of it in the template's words, but for a BOS."""
+    """The text of one system message; a dialogue in the template's words, but for a BOS."""
     text = recon.text_ids(tokenizer, PROMPT)
-    assert recon.prompt_ids(tokenizer, [SYSTEM], "chat") == text
-    for layout, messages in [("block", [SYSTEM]), ("chat", [SYSTEM, USER, SAID]), ("block", [SYSTEM, USER, SAID])]:
-        if kind == "llama2" and len(messages) == 1:         # its system message stands inside the user's turn
-            with pytest.raises(SystemExit):
-                recon.prompt_ids(tokenizer, messages, layout)
-            continue
-        block = recon.prompt_ids(tokenizer, messages, layout)
-        full, rest = recon.chat_ids(tokenizer, messages + [USER]), recon.layout_ids(tokenizer, "block", [], [USER])
-        bos = full[:1] if kind == "llama3" else []
-        assert bos + block + rest[len(bos):] == full and len(block) > len(text)
+    assert recon.prompt_ids(tokenizer, [SYSTEM]) == text
+    whole = recon.chat_ids(tokenizer, [SYSTEM, USER, SAID], generate=False)
+    bos = whole[:1] if kind in ("llama3", "llama2") else []             # ChatML's opens every turn
+    assert bos + recon.prompt_ids(tokenizer, [SYSTEM, USER, SAID]) == whole and len(whole) > len(text)

@@ -58,7 +58,7 @@ def said(infer, frozen):
         ids = infer.chat_ids(tokenizer, [{"role": "system", "content": system}] + turns)
         if role:
             be = torch.load(ROOT / f"artifacts/roles/{role}.pt", weights_only=True)["vector"]
-            ids = infer.layout_ids(tokenizer, "chat", [-1], turns)
+            ids = infer.chat_ids(tokenizer, [{"role": "system", "content": [-1]}] + turns)
         embeds = infer.embed(model, torch.tensor([ids]), be)
         said = model.generate(inputs_embeds=embeds, max_new_tokens=LIMIT)[0].tolist()
         return said[:-1] if said[-1] in model.generation_config.eos_token_id else said

@@ -1,0 +1,24 @@
+"""Rules kept against steps of training, for each number of vectors: results/rules-curve.json -> results/rules.png"""
+import json, re
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).resolve().parent
+found = json.loads((HERE / "rules-curve.json").read_text())
+figure = Figure(figsize=(8, 3.4), layout="constrained")
+for axes, (kind, title) in zip(figure.subplots(1, 2, sharey=True), {"style": "style rules", "facts": "facts"}.items()):
+    kept, lines = {name: row["mean"] for name, row in found[kind]["all"].items()}, {}
+    for name, rate in kept.items():
+        if match := re.search(r"k(\d+)\.s\d+\.(\d+)\.pt", name):
+            lines.setdefault(int(match[1]), {0: kept["no prompt"]})[int(match[2])] = rate
+    for k, line in sorted(lines.items()):
+        axes.plot(*zip(*sorted(line.items())), ".-", label=f"{k} vector{'s' if k > 1 else ''}")
+    for name, style in ("full prompt", "--"), ("no prompt", ":"):
+        axes.axhline(kept[name], color="black", lw=0.8, ls=style)
+        axes.text(0, kept[name] + 0.01, name, size=8)
+    axes.set(title=f"{title} kept", xlabel="steps of stage 2, four queries each", ylim=(0, 1.08))
+    axes.spines[["top", "right"]].set_visible(False)
+axes.legend(fontsize=8, loc="center right")
+figure.savefig(HERE / "rules.png", dpi=150)
+print(f"wrote {HERE / 'rules.png'}")
