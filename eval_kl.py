@@ -73,9 +73,9 @@ def load_frozen(name, device="auto"):
     except Exception as e:                                  # broken folders raise many types; each means the same
         fail(f"--model {name}: no Llama or Qwen chat model: {e}; the default one comes with: python models/prepare.py")
     flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
-    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash takes no mask, and a pack needs one
+    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
-    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest counts it
+    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest has it
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
     return model, tokenizer
@@ -196,6 +196,9 @@ def answer_hidden(model, rows, answers, learned):
     """The last hidden states that predict the tokens of the answers, row after row -> (sum of T, d)."""
     full = [row + a[:-1] for row, a in zip(rows, answers)]
     n = shared_length(rows)                                 # of the rows: two rows may be given the same answer
+    if len(rows) > 1 and sum(len(f) - n for f in full) > 8192:              # attention costs the square of a pack
+        parts = slice(None, len(rows) // 2), slice(len(rows) // 2, None)
+        return torch.cat([answer_hidden(model, rows[part], answers[part], learned) for part in parts])
     ids, positions, owners = pack(full, n)
     ends = n + torch.tensor([len(f) - n for f in full]).cumsum(0)
     at = torch.cat([torch.arange(e - len(a), e) for e, a in zip(ends, answers)])
@@ -212,17 +215,18 @@ def read_queries(path):
     try:
         for number, line in enumerate(beside(path).read_text(encoding="utf-8-sig").split("\n"), 1):
             where = f"{path}, line {number}, {line[:60]!r}"
+            if not line.strip():
+                continue
             row = {"query": line}
             if Path(path).suffix.lower() != ".txt" or re.match(r'\s*[\[{]\s*([\[{"]|$)', line):       # by its content
-                row = json.loads(line) if line.strip() else {}
+                row = json.loads(line)
             texts = [row[key] for key in ("question", "query", "instruction", "input") if row.get(key)]
             turns = row.get("messages") or [{"role": "user", "content": "\n\n".join(texts)}]
             turns = [{"role": m["role"], "content": m["content"].strip()} for m in turns]
             roles = [m["role"] for m in turns]
-            good = roles[-1] == "user" and turns[-1]["content"] and {*roles} <= {"user", "assistant"}
-            if line.strip() and not good:
+            if roles[-1] != "user" or not turns[-1]["content"] or {*roles} - {"user", "assistant"}:
                 raise ValueError(f"turns of {roles}")
-            chats |= {json.dumps(turns): turns} if line.strip() else {}
+            chats[json.dumps(turns)] = turns
     except Exception as e:                                  # each of many types means the same
         fail(f"{where}: expected a text in UTF-8, or in a .jsonl rows with a question, query, instruction or messages "
              f"that end with the user's; found {type(e).__name__}: {e}; the model itself asks some: python queries.py")
@@ -252,7 +256,7 @@ def main():
     config, messages = artifact["config"], artifact["messages"]
     args.model = args.model or artifact["model"]["name"]
     args.answer_tokens = args.answer_tokens or config.get("answer_tokens", 32)              # stage 1 has no answers
-    args.out = str(Path(args.out or beside(args.be).with_suffix(".kl.json")).with_suffix(".json"))
+    args.out = args.out or str(beside(args.be).with_suffix(".kl.json"))
     args.queries = args.queries or re.sub(r"\.(txt|json|md)$", "", config["prompt"]) + ".test.txt"
     asked = read_queries(args.queries)
     chats = [chat for chat in asked if chat not in artifact.get("trained_on", [])]
@@ -260,8 +264,11 @@ def main():
     print(f"{args.queries}: {len(chats)} test queries; {left_out} left out, on which [BE] was trained")
     if not chats:
         fail(f"--queries {args.queries}: expected queries that [BE] was not trained on, found none; give others")
-    if not os.access(Path(args.out).parent, os.W_OK):
-        fail(f"--out {args.out}: expected a place in a folder that can be written to; give another --out")
+    try:                                                    # the place is tried before the work, not after it
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        open(f"{args.out}.tmp", "w").close()
+    except OSError as e:
+        fail(f"--out {args.out}: cannot be written: {e}; give another --out")
     model, tokenizer = load_frozen(args.model, args.device)
     load(args.be, "be", "python stage2_kd.py --prompt PROMPT", model)
 

@@ -2,7 +2,7 @@
 
     full   <sys> prompt </sys> <user> q </user> <assistant>      be, none: the same with [BE], or nothing, in its place
     ROUGE-L F against RoleBench's references, and against full's answers: _teacher        retention = be / full
-    gap closed = 1 - KL(be) / KL(none), over the first 32 tokens of full's answers
+    gap closed = 1 - KL(be) / KL(none), over the first 32 tokens of full's answers, or as an earlier artifact says
 
     python data/rolellm/prepare.py              # once: RoleBench, and each role's prompt for stages 1 and 2
     python eval_rolellm.py                      # the six of artifacts/roles -> out/rolellm.md, out/rolellm.json
@@ -83,9 +83,9 @@ def load_frozen(name, device="auto"):
     except Exception as e:                                  # broken folders raise many types; each means the same
         fail(f"--model {name}: no Llama or Qwen chat model: {e}; the default one comes with: python models/prepare.py")
     flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
-    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash takes no mask, and a pack needs one
+    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
-    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest counts it
+    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest has it
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
     return model, tokenizer
@@ -206,6 +206,9 @@ def answer_hidden(model, rows, answers, learned):
     """The last hidden states that predict the tokens of the answers, row after row -> (sum of T, d)."""
     full = [row + a[:-1] for row, a in zip(rows, answers)]
     n = shared_length(rows)                                 # of the rows: two rows may be given the same answer
+    if len(rows) > 1 and sum(len(f) - n for f in full) > 8192:              # attention costs the square of a pack
+        parts = slice(None, len(rows) // 2), slice(len(rows) // 2, None)
+        return torch.cat([answer_hidden(model, rows[part], answers[part], learned) for part in parts])
     ids, positions, owners = pack(full, n)
     ends = n + torch.tensor([len(f) - n for f in full]).cumsum(0)
     at = torch.cat([torch.arange(e - len(a), e) for e, a in zip(ends, answers)])
@@ -242,7 +245,7 @@ def kept(path):
     """The rows of earlier runs by their key, and the file for new ones. The half line of a killed run is cut off."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="utf-8")
+        file = open(path, "a+", encoding="utf-8", newline="\n")
         file.seek(0)
         whole, newline, _ = file.read().rpartition("\n")
         rows = {row["key"]: row for row in map(json.loads, whole.splitlines())}

@@ -70,15 +70,15 @@ def main():
             raise ValueError("it is empty")
     except Exception as e:                                      # each of many types means the same
         fail(f'--prompt {args.prompt}: expected a text in UTF-8, or a .json {{"messages": [...]}}: {e}')
-    cuda = torch.cuda.is_available() and args.device == "auto" or args.device == "cuda"
-    device = "cuda" if cuda else "cpu" if args.device == "auto" else args.device
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = found if args.device == "auto" else args.device
     try:
         transformers.utils.logging.disable_progress_bar()
         local = Path(name).is_dir() or args.model.startswith(("models/", ".", "/"))     # else the hub is asked for it
         source = name if local else args.model
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.bfloat16 if cuda else torch.float32).to(device).eval()
+            source, dtype=torch.bfloat16 if device == "cuda" else torch.float32).to(device).eval()
         about = f"Below is the description of a chat assistant.\n\n{prompt}"
         rows = [tokenizer.apply_chat_template(
             [{"role": "system", "content": about}, {"role": "user", "content": ask}], add_generation_prompt=True,

@@ -82,9 +82,9 @@ def load_frozen(name, device="auto"):
     except Exception as e:                                  # broken folders raise many types; each means the same
         fail(f"--model {name}: no Llama or Qwen chat model: {e}; the default one comes with: python models/prepare.py")
     flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
-    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash takes no mask, and a pack needs one
+    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
-    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest counts it
+    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest has it
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
     return model, tokenizer
@@ -190,10 +190,10 @@ def main():
     texts = read_texts(args.data)
     random.Random(args.seed).shuffle(texts)
     held, train = texts[:args.held_out], texts[args.held_out:]
-    if len(train) < args.batch or args.batch % world or args.steps < 1:
+    if len(train) < args.batch or args.batch % world or min(args.steps, args.batch, len(held)) < 1:
         fail(f"--data {args.data}: expected {args.held_out} texts to hold out and at least --batch {args.batch}, a "
-             f"multiple of {world} processes, for --steps above 0; found {len(texts)} of 200 characters or more; make "
-             "some with: python data/ae_corpus/prepare.py --offline")
+             f"multiple of {world} processes, all above 0; found {len(texts)} of 200 characters or more, for --steps "
+             f"{args.steps}; make some with: python data/ae_corpus/prepare.py --offline")
     if rank == 0:
         save(args.out)
     model, tokenizer = load_frozen(args.model, args.device)
@@ -203,7 +203,7 @@ def main():
     mean, std, lr = table.mean(0), table.std(0), args.lr or 0.22 * table.std().item()   # [AE] lives among these rows
     del table
 
-    # X stands where a system message would, as [BE] will: at position 0 it would sit on the attention sink
+    # x_1 ... x_n stand where a system message would, as [BE] will: models are odd at position 0
     slot, end = [-1], model.generation_config.eos_token_id[-1]          # any end of turn would do
     words = chat_ids(tokenizer, [{"role": "system", "content": slot}, {"role": "user", "content": "?"}])
     words = words[:words.index(-1)]
@@ -214,10 +214,10 @@ def main():
         """L_AE of one text, and the share of its tokens right with the true past given. slot []: no trigger."""
         x = text_ids(tokenizer, text)[:longest]
         ids = torch.tensor([words + x + slot + x], device=model.device)                             # (1, T)
-        target = torch.tensor(x + [end], device=model.device)   # (n,): the last n that are fed predict these
+        target = torch.tensor(x + [end], device=model.device)                                       # (n + 1,)
         embeds = embed(model, ids, ae)                                                              # (1, T, d)
-        hidden = body(inputs_embeds=embeds, use_cache=False).last_hidden_state[0, -len(target):]    # (n, d)
-        z = (hidden @ weight.T).float()                                                             # (n, V)
+        hidden = body(inputs_embeds=embeds, use_cache=False).last_hidden_state[0, -len(target):]    # (n + 1, d)
+        z = (hidden @ weight.T).float()                                                             # (n + 1, V)
         return F.cross_entropy(z, target), (z.argmax(-1) == target).float().mean()
 
     @torch.no_grad()
@@ -268,8 +268,8 @@ def main():
         bar.set_postfix(L_AE=f"{mean_loss.item():.3f}", held_out=f"{best['loss']:.3f}", right=f"{best['right']:.1%}")
 
     # what the trigger is worth
-    best = best["vector"].to(mean)
-    for name, fed, vector in [("[AE]", slot, best), ("a random vector", slot, noise), ("no trigger", [], noise)]:
+    learned = best["vector"].to(mean)
+    for name, fed, vector in [("[AE]", slot, learned), ("a random vector", slot, noise), ("no trigger", [], noise)]:
         loss, right = held_out_scores(fed, vector)
         print(f"{name:15s} {loss:.3f} nats a token, {right:.1%} of tokens right, n = {len(held)} held-out texts")
     print(f"wrote {args.out}\nnext: python stage1_recon.py --model {args.model} --ae {args.out} --prompt PROMPT.txt")

@@ -1,6 +1,6 @@
 """Stage 1: learn [BE], one input embedding, so that the frozen model gives the whole prompt P = (s_1, ..., s_m) back.
 
-    fed     <sys> [BE] [AE] s_1 ... s_m
+    fed     <sys> [BE] [AE] s_1 ... s_(m-1)
     loss    L_recon = mean_j -log P(s_j | [BE], [AE], s_<j)     (paper, stage 1)
 
 [AE] is stage 0's trigger, not trained here: repeating is its work, so [BE] is free to hold the content.
@@ -79,9 +79,9 @@ def load_frozen(name, device="auto"):
     except Exception as e:                                  # broken folders raise many types; each means the same
         fail(f"--model {name}: no Llama or Qwen chat model: {e}; the default one comes with: python models/prepare.py")
     flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
-    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash takes no mask, and a pack needs one
+    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
-    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest counts it
+    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest has it
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
     return model, tokenizer
@@ -127,8 +127,8 @@ def read_prompt(path):
         text = beside(path).read_text(encoding="utf-8-sig")
         prompt = [{"role": "system", "content": text}] if path[-5:].lower() != ".json" else json.loads(text)["messages"]
         messages = [{"role": m["role"], "content": m["content"].strip()} for m in prompt]
-        if not any(m["content"] for m in messages):
-            raise ValueError("it is empty")
+        if not any(m["content"] for m in messages) or messages[-1]["role"] == "user":
+            raise ValueError("it is empty, or ends with the user's turn")
     except Exception as e:                                  # each of many types means the same
         fail(f'--prompt {path}: expected a text in UTF-8, or a .json {{"messages": [...]}}: {type(e).__name__}: {e}')
     return messages
@@ -180,6 +180,8 @@ def save(path, **artifact):
 def main():
     args = settings()
     messages = read_prompt(args.prompt)
+    if min(args.k, args.steps) < 1:
+        fail(f"expected --k and --steps above 0, found {args.k} and {args.steps}")
     save(args.out)
     model, tokenizer = load_frozen(args.model, args.device)
     model.set_attn_implementation(model.long_rows)

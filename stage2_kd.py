@@ -37,7 +37,7 @@ def settings():
     add("--k", type=int, default=1, help="vectors to learn; only with --init noise")
     add("--lam", type=float, default=0.9, help="lambda, the weight of L_KD; at 1 there is no L_recon")
     add("--tau", type=float, default=2.0, help="temperature of L_KD")
-    add("--recon-every", type=int, default=4, help="L_recon every so many steps, as much heavier: it costs a prompt")
+    add("--recon-every", type=int, default=4, help="L_recon once in so many steps, and so many times as heavy")
     add("--steps", type=int, default=300, help="optimizer steps")
     add("--batch", type=int, default=4, help="queries a step; many small steps beat few large ones")
     add("--lr", type=float, help="peak; None is 0.9 standard deviations of the embedding table")
@@ -90,9 +90,9 @@ def load_frozen(name, device="auto"):
     except Exception as e:                                  # broken folders raise many types; each means the same
         fail(f"--model {name}: no Llama or Qwen chat model: {e}; the default one comes with: python models/prepare.py")
     flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
-    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash takes no mask, and a pack needs one
+    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
-    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest counts it
+    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest has it
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
     return model, tokenizer
@@ -138,8 +138,8 @@ def read_prompt(path):
         text = beside(path).read_text(encoding="utf-8-sig")
         prompt = [{"role": "system", "content": text}] if path[-5:].lower() != ".json" else json.loads(text)["messages"]
         messages = [{"role": m["role"], "content": m["content"].strip()} for m in prompt]
-        if not any(m["content"] for m in messages):
-            raise ValueError("it is empty")
+        if not any(m["content"] for m in messages) or messages[-1]["role"] == "user":
+            raise ValueError("it is empty, or ends with the user's turn")
     except Exception as e:                                  # each of many types means the same
         fail(f'--prompt {path}: expected a text in UTF-8, or a .json {{"messages": [...]}}: {type(e).__name__}: {e}')
     return messages
@@ -247,6 +247,9 @@ def answer_hidden(model, rows, answers, learned):
     """The last hidden states that predict the tokens of the answers, row after row -> (sum of T, d)."""
     full = [row + a[:-1] for row, a in zip(rows, answers)]
     n = shared_length(rows)                                 # of the rows: two rows may be given the same answer
+    if len(rows) > 1 and sum(len(f) - n for f in full) > 8192:              # attention costs the square of a pack
+        parts = slice(None, len(rows) // 2), slice(len(rows) // 2, None)
+        return torch.cat([answer_hidden(model, rows[part], answers[part], learned) for part in parts])
     ids, positions, owners = pack(full, n)
     ends = n + torch.tensor([len(f) - n for f in full]).cumsum(0)
     at = torch.cat([torch.arange(e - len(a), e) for e, a in zip(ends, answers)])
@@ -263,17 +266,18 @@ def read_queries(path):
     try:
         for number, line in enumerate(beside(path).read_text(encoding="utf-8-sig").split("\n"), 1):
             where = f"{path}, line {number}, {line[:60]!r}"
+            if not line.strip():
+                continue
             row = {"query": line}
             if Path(path).suffix.lower() != ".txt" or re.match(r'\s*[\[{]\s*([\[{"]|$)', line):       # by its content
-                row = json.loads(line) if line.strip() else {}
+                row = json.loads(line)
             texts = [row[key] for key in ("question", "query", "instruction", "input") if row.get(key)]
             turns = row.get("messages") or [{"role": "user", "content": "\n\n".join(texts)}]
             turns = [{"role": m["role"], "content": m["content"].strip()} for m in turns]
             roles = [m["role"] for m in turns]
-            good = roles[-1] == "user" and turns[-1]["content"] and {*roles} <= {"user", "assistant"}
-            if line.strip() and not good:
+            if roles[-1] != "user" or not turns[-1]["content"] or {*roles} - {"user", "assistant"}:
                 raise ValueError(f"turns of {roles}")
-            chats |= {json.dumps(turns): turns} if line.strip() else {}
+            chats[json.dumps(turns)] = turns
     except Exception as e:                                  # each of many types means the same
         fail(f"{where}: expected a text in UTF-8, or in a .jsonl rows with a question, query, instruction or messages "
              f"that end with the user's; found {type(e).__name__}: {e}; the model itself asks some: python queries.py")
@@ -324,9 +328,9 @@ def main():
     random.Random(args.seed).shuffle(chats)
     held = range(min(32, max(1, round(args.held_out * len(chats)))))                # the first ones are held out
     train = range(len(held), len(chats))
-    if len(train) < args.batch or args.batch % world:
-        fail(f"expected at least --batch {args.batch} queries to train on, and a multiple of {world} processes; "
-             f"found {len(train)} after {len(held)} held out; give more queries, or another --batch")
+    if min(args.k, args.steps, args.batch) < 1 or len(train) < args.batch or args.batch % world:
+        fail(f"expected --k and --steps above 0, and at least --batch {args.batch} queries to train on, a multiple of "
+             f"{world} processes; found {len(train)} after {len(held)} held out; give more queries, or another --batch")
     if args.init == "noise" and args.lam < 1:
         fail("--init noise has no [AE] for L_recon: add --lam 1, or run stage 1 first")
     if rank == 0:
@@ -362,7 +366,8 @@ def main():
         save(teacher_file, answers=answers, hidden=hidden)
     if world > 1:
         torch.distributed.barrier()
-    answers, taught = torch.load(teacher_file, mmap=True, weights_only=True).values()     # taught: (T, d) for each
+    teacher = torch.load(teacher_file, mmap=True, weights_only=True)
+    answers, taught = teacher["answers"], teacher["hidden"]                                     # taught: (T, d) each
 
     @torch.no_grad()
     def held_out_kl(fed, vector):
@@ -385,7 +390,8 @@ def main():
     first, best, history = 0, {"kl": held_out_kl(rows, be), "vector": start}, []
     if args.resume:
         saved = load(args.out, "be", f"{sys.argv[0]}, without --resume", model)
-        if saved["messages"] != messages or saved["config"] | {"resume": True} != vars(args) or "run" not in saved:
+        asked = saved["messages"], saved.get("trained_on"), saved["config"] | {"resume": True}
+        if asked != (messages, chats, vars(args)) or "run" not in saved:
             fail(f"--resume: {args.out} holds no run of these settings; give the same ones, or leave --resume out")
         first, best, history = saved["run"]["step"], saved["run"]["best"], saved["history"]
         be.data.copy_(saved["run"]["be"])

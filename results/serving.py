@@ -65,7 +65,7 @@ def spread(values, digits=0):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--be", default=ROOT / "out/demo/be.pt", help="an artifact of layout chat")
+    p.add_argument("--be", default=ROOT / "out/demo/be.pt", help="an artifact of stage 2")
     p.add_argument("--out", default=ROOT / "results/serving.json")
     args = p.parse_args()
     python = Path(os.environ.get("NANOBE_VLLM_VENV") or ROOT / ".venv-vllm").absolute() / "bin/python"
