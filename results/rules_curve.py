@@ -16,7 +16,7 @@ for axes, (kind, title) in zip(figure.subplots(1, 2, sharey=True), {"style": "st
         axes.plot(*zip(*sorted(line.items())), ".-", label=f"{k} vector{'s' if k > 1 else ''}")
     for name, style in ("full prompt", "--"), ("no prompt", ":"):
         axes.axhline(kept[name], color="black", lw=0.8, ls=style)
-        axes.text(0, kept[name] + 0.01, name, size=8)
+        axes.text(1, kept[name] + 0.01, name, size=8, ha="right", transform=axes.get_yaxis_transform())
     axes.set(title=f"{title} kept", xlabel="steps of stage 2, four queries each", ylim=(0, 1.08))
     axes.spines[["top", "right"]].set_visible(False)
 axes.legend(fontsize=8, loc="center right")
