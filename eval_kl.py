@@ -196,7 +196,7 @@ def answer_hidden(model, rows, answers, learned):
     """The last hidden states that predict the tokens of the answers, row after row -> (sum of T, d)."""
     full = [row + a[:-1] for row, a in zip(rows, answers)]
     n = shared_length(rows)                                 # of the rows: two rows may be given the same answer
-    if len(rows) > 1 and sum(len(f) - n for f in full) > 8192:              # attention costs the square of a pack
+    if len(rows) > 1 and sum(len(f) - n for f in full) > 4096:              # attention costs the square of a pack
         parts = slice(None, len(rows) // 2), slice(len(rows) // 2, None)
         return torch.cat([answer_hidden(model, rows[part], answers[part], learned) for part in parts])
     ids, positions, owners = pack(full, n)
@@ -239,13 +239,11 @@ def measure(model, rows, answers, target, learned):
     """The model reads rows[i] and answers[i]; target[i] (T, d) is the teacher's last hidden states -> (2, Q): of each
     query KL at tau 1, in nats, and how often top-1 is the same, both summed over the tokens of its answer."""
     weight, scores = model.get_output_embeddings().weight, []                               # (V, d)
-    for i in range(0, len(rows), 8):
-        part = target[i:i + 8]
-        hidden = answer_hidden(model, rows[i:i + 8], answers[i:i + 8], learned)             # (sum of T, d)
-        for s, t in zip(hidden.split([len(t) for t in part]), part):        # one by one, as (T, V) may be 100 MB
-            logp, logq = (F.log_softmax((h.to(weight) @ weight.T).float(), -1) for h in (s, t))
-            kl = F.kl_div(logp, logq, reduction="sum", log_target=True)
-            scores.append([max(0.0, kl.item()), (logp.argmax(-1) == logq.argmax(-1)).sum().item()])
+    hidden = answer_hidden(model, rows, answers, learned)                                   # (sum of T, d)
+    for s, t in zip(hidden.split([len(t) for t in target]), target):        # one by one, as (T, V) may be 100 MB
+        logp, logq = (F.log_softmax((h.to(weight) @ weight.T).float(), -1) for h in (s, t))
+        kl = F.kl_div(logp, logq, reduction="sum", log_target=True)
+        scores.append([max(0.0, kl.item()), (logp.argmax(-1) == logq.argmax(-1)).sum().item()])
     return torch.tensor(scores).T
 
 

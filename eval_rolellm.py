@@ -206,7 +206,7 @@ def answer_hidden(model, rows, answers, learned):
     """The last hidden states that predict the tokens of the answers, row after row -> (sum of T, d)."""
     full = [row + a[:-1] for row, a in zip(rows, answers)]
     n = shared_length(rows)                                 # of the rows: two rows may be given the same answer
-    if len(rows) > 1 and sum(len(f) - n for f in full) > 8192:              # attention costs the square of a pack
+    if len(rows) > 1 and sum(len(f) - n for f in full) > 4096:              # attention costs the square of a pack
         parts = slice(None, len(rows) // 2), slice(len(rows) // 2, None)
         return torch.cat([answer_hidden(model, rows[part], answers[part], learned) for part in parts])
     ids, positions, owners = pack(full, n)

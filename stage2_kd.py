@@ -247,7 +247,7 @@ def answer_hidden(model, rows, answers, learned):
     """The last hidden states that predict the tokens of the answers, row after row -> (sum of T, d)."""
     full = [row + a[:-1] for row, a in zip(rows, answers)]
     n = shared_length(rows)                                 # of the rows: two rows may be given the same answer
-    if len(rows) > 1 and sum(len(f) - n for f in full) > 8192:              # attention costs the square of a pack
+    if len(rows) > 1 and sum(len(f) - n for f in full) > 4096:              # attention costs the square of a pack
         parts = slice(None, len(rows) // 2), slice(len(rows) // 2, None)
         return torch.cat([answer_hidden(model, rows[part], answers[part], learned) for part in parts])
     ids, positions, owners = pack(full, n)
@@ -372,12 +372,9 @@ def main():
     @torch.no_grad()
     def held_out_kl(fed, vector):
         """KL from the teacher at tau 1, in nats a token."""
-        total = 0.0
-        for i in range(0, len(held), 8):
-            part = held[i:i + 8]
-            student = answer_hidden(model, [fed[j] for j in part], [answers[j] for j in part], vector)
-            total += HeadKL.apply(student, torch.cat([taught[j] for j in part]).to(student), weight, 1.0).sum().item()
-        return total / sum(len(answers[j]) for j in held)
+        student = answer_hidden(model, [fed[i] for i in held], [answers[i] for i in held], vector)      # (sum T, d)
+        teacher_h = torch.cat([taught[i] for i in held]).to(student)
+        return HeadKL.apply(student, teacher_h, weight, 1.0).mean().item()
 
     words = rows[0][:rows[0].index(-1)]                 # L_recon as in stage 1: ... [BE] [AE] s_1 ... s_m
     recon_ids = torch.tensor([words + slot + [-1 - len(start)] * len(ae) + s[:-1]], device=model.device)
@@ -424,8 +421,7 @@ def main():
             ((1 - args.lam) * args.recon_every * recon).backward()
             model.set_attn_implementation("sdpa")
             history.append({"step": step, "L_recon": recon.item()})
-        kd = kd.detach()
-        for part in (be.grad, kd) if world > 1 else ():         # all of the batch is in each process's step
+        for part in (be.grad, kd.detach()) if world > 1 else ():    # all of the batch is in each process's step
             torch.distributed.all_reduce(part)
         optimizer.step()
 
