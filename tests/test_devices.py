@@ -44,16 +44,6 @@ class TwoDevices(TorchDispatchMode):
         return Far.__torch_dispatch__(func, types, args, kwargs)
 
 
-def to_gpu(model):
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        for kind in (module._parameters, module._buffers):
-            for name, x in kind.items():
-                if x is not None:
-                    kind[name] = torch.nn.Parameter(Far(x.data), False) if kind is module._parameters else Far(x)
-    return model
-
-
 @pytest.fixture
 def two_devices():
     torch._C._set_only_lift_cpu_tensors(True)               # torch.tensor(..., device=GPU), too, comes by the mode
@@ -68,7 +58,7 @@ def test_no_tensor_is_left_on_the_other_device(loaded, two_devices):
     asked = [[{"role": "user", "content": text}] for text in ("Why?", "How is it made?")]
     rows = [before(tokenizer, [-1], turns) for turns in asked]
     noise = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
-    for somewhere, start in ((model, noise), (to_gpu(model), Far(noise))):
+    for somewhere, start in ((model, noise), (copy.deepcopy(model)._apply(Far), Far(noise))):
         be = torch.nn.Parameter(start)
         answers, hidden = kd.answer(somewhere, rows, be, 5)
         student = kd.answer_hidden(somewhere, rows, answers, be)

@@ -1,6 +1,7 @@
 """The evaluations: scorers against hard golds, statistics against their sources, whole runs on tiny models."""
 import json, re, shutil
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ SHORT, SYSTEM = ["--max-new-tokens", 6, *TINY], [{"role": "system", "content": P
 gsm, role, kl = script("eval_gsm8k"), script("eval_rolellm"), script("eval_kl")
 
 
-# --- GSM8K: the scorer
+# --- GSM8K: the scorer and the statistics
 
 @pytest.mark.parametrize("text, expected", [
     ("1,450,000.00", ["1450000"]), ("\u22123", ["-3"]), ("18.", ["18"]), (".5", ["1/2"]), ("007", ["7"]),
@@ -41,8 +42,6 @@ def test_the_number_that_an_answer_gives(text, expected):
     assert gsm.predicted_number(text) == expected
 
 
-# --- GSM8K: the statistics
-
 def summary(right, full):
     rows = [{"predicted": 1 if r else None, "cut": not r, "context_tokens": 10, "new_tokens": 4, "seconds": 0.5}
             for r in right]
@@ -50,26 +49,22 @@ def summary(right, full):
 
 
 @pytest.mark.parametrize("k, n, low, high", [
-    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718),
-    (20, 20, 0.8389, 1.0)])
+    (81, 263, 0.2553, 0.3662), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718), (20, 20, 0.8389, 1.0)])
 def test_the_interval_is_wilsons_as_in_newcombe_1998(k, n, low, high):
     right = [True] * k + [False] * (n - k)
     assert summary(right, right)["accuracy_95"] == pytest.approx([low, high], abs=6e-5)
 
 
-@pytest.mark.parametrize("lost, won, p", [(0, 0, 1), (4, 4, 1), (0, 5, 0.0625), (1, 9, 22 / 1024), (9, 1, 22 / 1024),
-                                          (5, 15, 2 * 21700 / 2 ** 20)])
-def test_mcnemar_is_the_exact_binomial_test(lost, won, p):
-    full, right = [True] * lost + [False] * (won + 3), [False] * lost + [True] * won + [False] * 3
+@pytest.mark.parametrize("lost, won, p", [(0, 0, 1), (4, 4, 1), (0, 5, 0.0625), (9, 1, 22 / 1024)])
+def test_a_line_of_the_table(lost, won, p):
+    """McNemar's is the exact binomial test; a ratio to nothing is not shown as a number."""
+    full, right, n = [True] * lost + [False] * (won + 3), [False] * lost + [True] * won + [False] * 3, lost + won + 3
     line = summary(right, full)
+    low, high = line["minus_full_95"]
     assert line["mcnemar_p"] == pytest.approx(p, rel=1e-12) and (line["full_alone"], line["it_alone"]) == (lost, won)
-
-
-def test_a_line_of_the_table():
-    line = summary([1, 1, 0, 0, 1], [1, 1, 1, 1, 0])
-    assert (line["accuracy"], line["n"], line["no_number"], line["cut"], line["retention"]) == (0.6, 5, 2, 2, 0.75)
-    assert line["minus_full"] == pytest.approx(-0.2) and line["minus_full_95"][0] < -0.2 < line["minus_full_95"][1]
-    assert summary([1, 0], [0, 0])["retention"] is None     # a ratio to nothing is not shown as a number
+    assert line["minus_full"] == (won - lost) / n and low <= line["minus_full"] <= high
+    assert (line["accuracy"], line["n"], line["no_number"], line["cut"]) == (won / n, n, n - won, n - won)
+    assert line["retention"] == (won / lost if lost else None)
 
 
 def test_the_questions_are_asked_in_the_prompts_own_words():
@@ -81,16 +76,6 @@ def test_the_questions_are_asked_in_the_prompts_own_words():
 
 # --- GSM8K: whole runs
 
-@pytest.fixture
-def asked(work, vectors):
-    """Five questions, and two artifacts of one prompt."""
-    rows = [{"question": f" {s}?", "answer": f"1 + 1 = 2\n#### 1,00{i}"} for i, s in enumerate(SENTENCES[:5])]
-    write(work / "test.jsonl", rows)
-    for name in ("be", "two"):
-        shutil.copy(vectors / f"{name}.pt", work)
-    return ["--be", "be.pt", "two.pt", "--data", "test.jsonl", "--out", "g.jsonl", "--batch", 2, *SHORT]
-
-
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -99,7 +84,13 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_gsm8k_asks_in_every_condition_goes_on_after_a_kill_and_scores_what_is_kept(asked, work, smol, monkeypatch):
+def test_gsm8k_asks_in_every_condition_goes_on_after_a_kill_and_scores_what_is_kept(work, vectors, smol, monkeypatch):
+    """Five questions, and two artifacts of one prompt."""
+    write(work / "test.jsonl", [{"question": f" {s}?", "answer": f"1 + 1 = 2\n#### 1,00{i}"}
+                                for i, s in enumerate(SENTENCES[:5])])
+    for name in ("be.pt", "two.pt"):
+        shutil.copy(vectors / name, work)
+    asked = ["--be", "be.pt", "two.pt", "--data", "test.jsonl", "--out", "g.jsonl", "--batch", 2, *SHORT]
     answer, left = gsm.answer, [1, 2, 3, 4]
 
     def killed(*args):
@@ -141,16 +132,6 @@ def test_gsm8k_asks_in_every_condition_goes_on_after_a_kill_and_scores_what_is_k
     assert "5 answers to make" in main("eval_gsm8k", *asked).out                # of the other vector alone
 
 
-@pytest.mark.parametrize("name, content, word", [
-    ("test.jsonl", '{"question": "Why?", "answer": "it is 7"}\n', "test.jsonl"), ("test.jsonl", "", "prepare.py"),
-    ("g.jsonl", "no rows\n", "g.jsonl")])
-def test_what_is_no_gsm8k_is_refused(name, content, word, asked, work):
-    (work / name).write_text(content)
-    refused(main("eval_gsm8k", *asked), word)
-
-
-# --- KL
-
 def test_eval_kl_measures_what_is_fed_against_plain_logits(vectors, work, smol):
     """Three test queries, one of which [BE] was trained on; the artifact of two vectors."""
     be, (model, tokenizer) = opened(vectors / "two.pt"), smol
@@ -179,21 +160,7 @@ def test_eval_kl_measures_what_is_fed_against_plain_logits(vectors, work, smol):
 # --- RoleBench
 
 ROLES = {"Old Captain": "A captain of few words. He says {aye}.", "Dr. T. Baker": "A baker.\nHe writes no price down."}
-ASKED = "bench/rolebench-eng/instruction-generalization/role_specific/test.jsonl"
-
-
-@pytest.fixture
-def bench(work, vectors):
-    """A RoleBench of two roles in its own layout, with questions that come twice, and an artifact for each."""
-    for folder in ("bench/profiles-eng", "mine"):
-        (work / folder).mkdir(parents=True)
-    (work / ASKED).parent.mkdir(parents=True)
-    (work / "bench/profiles-eng/desc.json").write_text(json.dumps(ROLES | {"Nobody": "A role without questions."}))
-    write(work / ASKED, [{"role": name, "question": f" {name}, what is  {x}? ", "generated": [f"It is {x}, {i}."]}
-                         for i, x in enumerate(["the reef", "3", "the reef"]) for name in ROLES])
-    for name in ROLES:
-        shutil.copy(vectors / "be.pt", work / f"mine/{name.replace(' ', '_')}.pt")
-    return ["--data", "bench", "--artifacts", "mine", "--out", "out/r", *SHORT]
+ASKED = Path("bench/rolebench-eng/instruction-generalization/role_specific/test.jsonl")
 
 
 def test_rouge_counts_words_of_any_writing():
@@ -204,14 +171,27 @@ def test_rouge_counts_words_of_any_writing():
     assert words("我是船长，Капитан стар; été naïve") == [*"我是船长", "капитан", "стар", "été", "naïve"]
 
 
-def test_rolellm_goes_from_folder_to_table_and_goes_on_after_a_kill(bench, checkpoints, work, smol):
-    arguments = [*bench, "--model", checkpoints["smol"]]
-    r = main("eval_rolellm", *arguments)
+def test_rolellm_goes_from_folder_to_table_and_goes_on_after_a_kill(work, vectors, checkpoints, smol):
+    """Two roles in RoleBench's own layout, and an artifact for each."""
+    for folder in ("bench/profiles-eng", ASKED.parent, "mine"):
+        (work / folder).mkdir(parents=True)
+    (work / "bench/profiles-eng/desc.json").write_text(json.dumps(ROLES | {"Nobody": "A role without questions."}))
+    write(ASKED, [{"role": name, "question": f" {name}, what is  {x}? ", "generated": [f"It is {x}, {i}."]}
+                  for i, x in enumerate(["the reef", "3", "the reef"]) for name in ROLES])
+    for name in ROLES:
+        shutil.copy(vectors / "be.pt", work / f"mine/{name.replace(' ', '_')}.pt")
+    args = SimpleNamespace(data="bench", artifacts="mine", roles=None, num_questions=None)
+    assert role.read_roles(args)["Old Captain"][2] == {     # a question that comes twice has the references of both
+        "Old Captain, what is the reef?": ["It is the reef, 0.", "It is the reef, 2."],
+        "Old Captain, what is 3?": ["It is 3, 1."]}
+
+    asked = ["--data", "bench", "--artifacts", "mine", "--out", "out/r", "--model", checkpoints["smol"], *SHORT]
+    r = main("eval_rolellm", *asked)
     assert r.code == 0, r.err
     data, rows = json.loads((work / "out/r.json").read_text()), rows_of(work / "out/r.answers.jsonl")
     assert [line["role"] for line in data["roles"]] == list(ROLES) and [line["n"] for line in data["roles"]] == [2, 2]
     assert len(rows) == 12 and {row["condition"] for row in rows} == {"full", "be", "none"}
-    assert all(line["kl"] > 0 and 0 <= line["full"] <= 1 and not line.get("win_rate") for line in data["roles"])
+    assert all(line["kl"] > 0 and 0 <= line["full"] <= 1 for line in data["roles"])
     row, (model, tokenizer) = next(row for row in rows if row["condition"] == "be"), smol
     ids = before(tokenizer, [-1], [{"role": "user", "content": "Old Captain, what is the reef?"}])
     said = plain_greedy(model, ids, opened("mine/Old_Captain.pt")["vector"], 6)
@@ -219,23 +199,10 @@ def test_rolellm_goes_from_folder_to_table_and_goes_on_after_a_kill(bench, check
     table, whole = (work / "out/r.md").read_text(), (work / "out/r.answers.jsonl").read_bytes()
     assert table in r.out and "| Old Captain | 2 |" in table
     (work / "out/r.answers.jsonl").write_bytes(whole[:-60])                     # killed within its last row
-    assert main("eval_rolellm", *arguments).code == 0
+    assert main("eval_rolellm", *asked).code == 0
     assert (work / "out/r.answers.jsonl").read_bytes() == whole and (work / "out/r.md").read_text() == table
 
-
-def test_a_question_that_comes_twice_has_the_references_of_both(bench):
-    args = SimpleNamespace(data="bench", artifacts="mine", roles=["Old Captain"], num_questions=None)
-    questions = {"Old Captain, what is the reef?": ["It is the reef, 0.", "It is the reef, 2."],
-                 "Old Captain, what is 3?": ["It is 3, 1."]}
-    assert role.read_roles(args)["Old Captain"][2] == questions
-
-
-@pytest.mark.parametrize("extra, row, words", [
-    (["--data", "nowhere"], {}, ["nowhere", "python data/rolellm/prepare.py"]),
-    (["--roles", "Jack Sparrow"], {}, ["Jack Sparrow"]), (["--artifacts", "none"], {}, ["none"]),
-    ([], {"generated": []}, ["Bare?"]), ([], {"generated": None}, ["Bare?"])])
-def test_what_is_no_rolebench_is_told_before_any_answer(extra, row, words, bench, checkpoints, work):
-    if row:
-        write(work / ASKED, [*rows_of(work / ASKED), {"role": "Old Captain", "question": "Bare?", **row}])
-    refused(main("eval_rolellm", *bench, "--model", checkpoints["smol"], *extra), *words)
-    assert not any(path.read_text() for path in work.glob("out/r.*"))
+    refused(main("eval_rolellm", *asked, "--artifacts", "none"), "--artifacts none")
+    write(ASKED, [*rows_of(ASKED), {"role": "Old Captain", "question": "Bare?", "generated": None}])
+    refused(main("eval_rolellm", *asked), "Bare?")
+    assert (work / "out/r.answers.jsonl").read_bytes() == whole

@@ -6,21 +6,19 @@ import safetensors.torch
 import torch
 import transformers
 
-from conftest import PROMPT, SENTENCES, artifact, before, load_tiny, main, refused, script
+from conftest import PROMPT, SENTENCES, artifact, before, main, opened, refused, script
 
 infer, USER = script("infer"), [{"role": "user", "content": "How many apples are left?"}]
 LATER = [*USER, {"role": "assistant", "content": "Aye."}, {"role": "user", "content": "Why is that?"}]
 
 
-@pytest.fixture(scope="module", params=[("smol", 1), ("llama3", 3), ("qwen2", 1), ("qwen3", 2)],
-                ids=lambda p: f"{p[0]}-{p[1]}")
-def case(request, checkpoints, tmp_path_factory):
-    """An artifact of k vectors -> folder, its path, vector, model, tokenizer."""
-    kind, k = request.param
-    (model, tokenizer), folder = load_tiny(checkpoints, kind), tmp_path_factory.mktemp("export")
-    be = artifact(model, k)
-    torch.save(be, folder / "be.pt")
-    return folder, be["vector"], model, tokenizer
+@pytest.fixture
+def case(loaded, work):
+    """be.pt of three vectors or, where the head is tied, of one -> its vector, model, tokenizer."""
+    model, tokenizer = loaded
+    be = artifact(model, 1 if model.config.tie_word_embeddings else 3)
+    torch.save(be, "be.pt")
+    return be["vector"], model, tokenizer
 
 
 def fed(tokenizer, system, turns):
@@ -31,7 +29,7 @@ def fed(tokenizer, system, turns):
 
 def same_as_hook(case, served, tokenizer, about, turns):
     """The message of about is fed where the hook has its slots, and gives the hook's logits."""
-    _, vector, model, own = case
+    vector, model, own = case
     slots = before(own, [-1 - i for i in range(len(vector))], turns)
     ids = fed(tokenizer, about["system message"], turns)
     assert ids == [about["ids"][-1 - i] if i < 0 else i for i in slots]
@@ -47,17 +45,16 @@ def no_secret(folder):
             assert b"Never name your ship" not in file.read_bytes(), f"{file}: the prompt's text is in it"
 
 
-def test_the_adapter_opened_by_peft_equals_inputs_embeds(case, checkpoints):
-    peft = pytest.importorskip("peft")
-    folder, vector, model, tokenizer = case
-    r = main("export", "be.pt", "--adapter", "served/captain", cwd=folder)
+def test_the_adapter_opened_by_peft_equals_inputs_embeds(case, work):
+    peft, (vector, model, tokenizer) = pytest.importorskip("peft"), case
+    r = main("export", "be.pt", "--adapter", "served/captain")
     assert r.code == 0, r.err
-    about, = json.loads((folder / "served/captain/nanobe.json").read_text())
+    about, = json.loads((work / "served/captain/nanobe.json").read_text())
     base = transformers.AutoModelForCausalLM.from_pretrained(about["base model"], dtype=torch.float32)
     others = [torch.tensor([fed(tokenizer, text, USER)]) for text in ("Be kind.", " ".join(SENTENCES))]
     with torch.no_grad():
         plain = [base(ids).logits for ids in others]
-        adapted = peft.PeftModel.from_pretrained(base, folder / "served/captain").eval()
+        adapted = peft.PeftModel.from_pretrained(base, work / "served/captain").eval()
         for ids, before in zip(others, plain):              # other text is as it was
             torch.testing.assert_close(adapted(ids).logits, before, atol=1e-5, rtol=1e-5)
     for turns in (USER, LATER):
@@ -65,23 +62,22 @@ def test_the_adapter_opened_by_peft_equals_inputs_embeds(case, checkpoints):
     used = {i for text in (*SENTENCES, PROMPT) for i in fed(tokenizer, text, LATER)}
     assert not used & {*about["ids"]} and len({*about["ids"]}) == len(vector)
     assert not {*about["ids"]} & {*model.generation_config.eos_token_id}
-    weights = safetensors.torch.load_file(folder / "served/captain/adapter_model.safetensors")
+    weights = safetensors.torch.load_file("served/captain/adapter_model.safetensors")
     assert sorted(map(len, weights.values())) == sorted([len(vector), 64])      # A and B, and no table
-    assert "40 tokens" in (folder / "served/captain/README.md").read_text()
     assert about["system message"] in r.out and "captain" in r.out
     told = "--enable-lora" if model.config.model_type != "qwen2" else "export with --prompt-embeds or --out"
     assert told in r.out                                    # vLLM has none for Qwen2: no line to start it, no curl
     assert all((word in r.out) == (told == "--enable-lora") for word in ("--enable-lora", "curl"))
-    no_secret(folder / "served")
+    no_secret(work / "served")
 
 
-def test_the_checkpoint_is_an_ordinary_model_that_answers_as_the_hook_does(case):
-    folder, vector, model, tokenizer = case
-    r = main("export", "be.pt", "--out", "model", "--dtype", "float32", cwd=folder)
+def test_the_checkpoint_is_an_ordinary_model_that_answers_as_the_hook_does(case, work):
+    vector, model, tokenizer = case
+    r = main("export", "be.pt", "--out", "model", "--dtype", "float32")
     assert r.code == 0, r.err
-    about, = json.loads((folder / "model/nanobe.json").read_text())
-    served = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    read, old = transformers.AutoTokenizer.from_pretrained(folder / "model"), len(model.lm_head.weight)
+    about, = json.loads((work / "model/nanobe.json").read_text())
+    served = transformers.AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32)
+    read, old = transformers.AutoTokenizer.from_pretrained(work / "model"), len(model.lm_head.weight)
     for turns in (USER, LATER):
         same_as_hook(case, served, read, about, turns)
     assert served.generation_config.eos_token_id == model.generation_config.eos_token_id
@@ -94,18 +90,17 @@ def test_the_checkpoint_is_an_ordinary_model_that_answers_as_the_hook_does(case)
             p = served(torch.tensor([fed(read, text, USER)])).logits[0].softmax(-1)
         assert p[:, about["ids"]].max() <= 1.01 / old and not {*p.argmax(-1).tolist()} & {*about["ids"]}
     assert fed(read, "Be kind.", LATER) == fed(tokenizer, "Be kind.", LATER)
-    config = json.loads((folder / "model/config.json").read_text())             # older readers' names beside the new
+    config = json.loads((work / "model/config.json").read_text())               # older readers' names beside the new
     assert config["rope_theta"] == model.config.rope_parameters["rope_theta"] and not config["tie_word_embeddings"]
-    no_secret(folder / "model")
+    no_secret(work / "model")
 
 
-def test_prompt_embeds_is_the_vector_in_a_message(case):
-    folder, vector, *_ = case
-    assert main("export", "be.pt", "--prompt-embeds", "be.json", cwd=folder).code == 0
-    message = json.loads((folder / "be.json").read_text())
+def test_prompt_embeds_is_the_vector_in_a_message(vectors, work):
+    assert main("export", vectors / "two.pt", "--prompt-embeds", "be.json").code == 0
+    message = json.loads((work / "be.json").read_text())
     part, = message["content"]
-    tensor = torch.load(io.BytesIO(base64.b64decode(part["data"])), weights_only=True)
-    assert message["role"] == "system" and part["type"] == "prompt_embeds" and torch.equal(tensor, vector)
+    assert message["role"] == "system" and part["type"] == "prompt_embeds"
+    assert torch.equal(opened(io.BytesIO(base64.b64decode(part["data"]))), opened(vectors / "two.pt")["vector"])
 
 
 def test_several_artifacts_are_a_folder_each_and_an_earlier_export_is_replaced_when_asked(vectors, work):
@@ -120,8 +115,6 @@ def test_several_artifacts_are_a_folder_each_and_an_earlier_export_is_replaced_w
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["ae.pt", "--out", "new"], ["ae.pt"]),
-    (["nope.pt", "--out", "new"], ["nope.pt", "python stage2_kd.py"]),
     (["be.pt", "--out", "thesis"], ["thesis", "already"]),
     (["be.pt", "--adapter", "thesis", "--overwrite"], ["thesis", "already"]),
     (["be.pt", "--adapter", "new", "--token", "ship"], ["unused", "--out"]),

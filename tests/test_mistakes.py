@@ -1,6 +1,8 @@
 """What users do wrong: exit code 2, one line on stderr that names what came and what to do, and nothing overwritten."""
 import json, shutil
 
+import gguf
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -8,6 +10,11 @@ import torch
 from conftest import CHATML, ROOT, SENTENCES, TINY, build_checkpoint, main, opened, refused, script
 
 PROMPT, NOISE = ["--prompt", "p.txt"], ["--prompt", "p.txt", "--init", "noise", "--lam", "1"]
+
+
+def contents(folder):
+    """Every file but the teacher's answers, which any run may use."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "teacher-" not in path.name}
 
 
 # --- a model that is not all there, or not of the kind: each is a way to damage a copy of a good folder
@@ -26,16 +33,6 @@ def no_output_table(folder):
     safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-def pointer(folder):
-    """What git leaves in the place of a large file where Git LFS is not installed."""
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2\n")
-
-
-def template(text):
-    return lambda folder: (folder / "chat_template.jinja").write_text(text)
-
-
 def no_end(folder):
     (folder / "generation_config.json").unlink()
     edit("config.json", eos_token_id=None)(folder)
@@ -50,13 +47,11 @@ SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers":
 HYBRID = {"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]}
 MODELS = {                                                  # case: (a good folder, its damage, words of the message)
     "no output table": ("llama3", no_output_table, ["1 missing"]),
-    "a pointer to .bin weights": ("smol", pointer, ["Llama or Qwen"]),
     "sliding windows": ("qwen2", edit("config.json", **SLIDING), ["sliding_attention"]),
-    "a window in every layer": ("smol", edit("config.json", model_type="mistral", sliding_window=8), ["mistral"]),
     "linear attention": ("qwen3", edit("config.json", **HYBRID), ["qwen3_next", "linear_attention"]),
     "no chat template": ("smol", lambda f: (f / "chat_template.jinja").unlink(), ["chat template"]),
-    "a template that refuses": ("smol", template("{{ raise_exception('no system') }}"), ["no system"]),
-    "a template that drops a system message": ("smol", template(NO_SYSTEM), ["found False"]),
+    "a template that drops a system message": (
+        "smol", lambda f: (f / "chat_template.jinja").write_text(NO_SYSTEM), ["found False"]),
     "a space before every piece": ("smol", edit("tokenizer.json", pre_tokenizer=SPACED), ["found False"]),
     "no end of a turn": ("smol", no_end, ["end of turn", "[]"]),
     "no such folder": ("smol", shutil.rmtree, ["No such file", "python models/prepare.py"]),
@@ -68,9 +63,10 @@ def test_a_model_that_cannot_be_right_is_refused_before_training(case, checkpoin
     kind, damage, words = MODELS[case]
     folder = shutil.copytree(checkpoints[kind], work / "model")
     damage(folder)
+    before = contents(work)
     r = main("stage1_recon", *PROMPT, "--model", folder, "--ae", "none", "--steps", 1, *TINY)
     refused(r, "stage1_recon.py: ", "--model", *words)
-    assert not (work / "out/recon.pt").exists()
+    assert contents(work) == before
 
 
 # --- files
@@ -81,13 +77,11 @@ FILES = {                                                   # case: (script, arg
     "an empty prompt": ("stage1_recon", ["--prompt", "e.txt"], {"e.txt": b" \n\n"}, ["e.txt", "empty"]),
     "a prompt too long": ("stage1_recon", ["--prompt", "l.txt"], {"l.txt": " ".join(SENTENCES * 20).encode()},
                           ["at most 1024 tokens", "shorten"]),
-    "a dialogue without content": ("stage2_kd", ["--prompt", "j.JSON"],
-                                   {"j.JSON": b'{"messages": [{"role": "user"}]}'}, ["content"]),
+    "a dialogue that ends with a question": ("stage2_kd", ["--prompt", "j.JSON"], {
+        "j.JSON": b'{"messages": [{"role": "user", "content": "Why?"}]}'}, ["user's turn"]),
     "no queries beside the prompt": ("stage2_kd", ["--prompt", "a.txt"], {"a.txt": b"Be kind."},
                                      ["a.queries.txt", "python queries.py"]),
     "too few queries": ("stage2_kd", [*NOISE, "--queries", "f.txt"], {"f.txt": b"Why?\nHow?\nWho?\n"}, ["--batch"]),
-    "queries not in UTF-8": ("stage2_kd", [*NOISE, "--queries", "q.txt"], {"q.txt": b"\xff\xfe\xff"}, ["UTF-8"]),
-    "no corpus": ("stage0_ae", ["--data", "nope/*.jsonl"], {}, ["nope/*.jsonl", "python data/ae_corpus/prepare.py"]),
     "a corpus row cut": ("stage0_ae", ["--data", "c.jsonl"], {"c.jsonl": b'{"text": "one"}\n{"tex'}, ["line 2"]),
     "a corpus of short texts": ("stage0_ae", ["--data", "c.jsonl"], {"c.jsonl": b'{"text": "one two"}\n' * 99},
                                 ["200 characters", "python data/ae_corpus/prepare.py"]),
@@ -105,8 +99,11 @@ FILES = {                                                   # case: (script, arg
     "no token": ("infer", ["--query", "Why?", "--max-new-tokens", 0], {}, ["--max-new-tokens", "at least 1"]),
     "no query to ask for": ("queries", [*PROMPT, "--count", 0, "--out", "new.txt"], {}, ["--count", "at least 1"]),
     "an empty question": ("infer", ["--query", "  "], {}, ["--query", "empty"]),
-    "an endless question": ("infer", ["--query", " ".join(SENTENCES * 20)], {}, ["shorten it"]),
-    "no test queries": ("eval_kl", ["--queries", "nope.txt"], {}, ["nope.txt", "python queries.py"]),
+    "no test queries": ("eval_kl", ["--queries", "t.txt"], {"t.txt": b"\n"}, ["t.txt", "found none"]),
+    "no answer of an earlier run": ("eval_gsm8k", ["--out", "g.jsonl"], {"g.jsonl": b"no rows\n"}, ["g.jsonl"]),
+    "no gold": ("eval_gsm8k", ["--data", "g.jsonl"], {"g.jsonl": b'{"question": "Why?", "answer": "it is 7"}\n'},
+                ["g.jsonl", "python data/gsm8k/prepare.py"]),
+    "no RoleBench": ("eval_rolellm", ["--data", "nope"], {}, ["nope", "python data/rolellm/prepare.py"]),
     "queries to be found already there": ("queries", [*PROMPT], {}, ["p.queries.txt", "--out"]),
 }
 
@@ -119,11 +116,30 @@ def test_a_file_that_cannot_be_right_is_refused(case, checkpoints, vectors, work
     torch.save(opened("out/ae.pt") | other, "other.pt")
     for path, content in files.items():
         (work / path).write_bytes(content)
-    before = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
     if name == "stage1_recon" and "--ae" not in arguments:
         arguments = [*arguments, "--ae", "out/ae.pt"]
+    before = contents(work)
     refused(main(name, *arguments, "--model", checkpoints["smol"], *TINY), f"{name}.py: ", *words)
-    assert {path: path.read_bytes() for path in before} == before
+    assert contents(work) == before
+
+
+def test_prepare_takes_no_part_of_a_gguf_and_never_deletes_what_it_did_not_make(tmp_path):
+    """A folder of someone's, one with a config.json in it and no weights, a file: all stay as they are."""
+    part = tmp_path / "m-00002-of-00003.gguf"
+    writer = gguf.GGUFWriter(part, "llama")
+    writer.add_uint16("split.count", 3)
+    writer.add_tensor("token_embd.weight", np.zeros((8, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for name in ("thesis/chapter1.txt", "mine/config.json"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("Years of work.")
+    before = contents(tmp_path)
+    for out, word in [("thesis", "--out"), ("mine", "--out"), (part.name, "--out"), ("new/model", "one of 3 parts")]:
+        refused(main("models/prepare", "--gguf", part, "--out", out, cwd=tmp_path), word)
+        assert contents(tmp_path) == before
 
 
 # --- and what only looks wrong
@@ -138,7 +154,7 @@ def test_what_ends_a_turn_is_all_that_config_and_tokenizer_say(checkpoints, tmp_
 
 
 @pytest.mark.parametrize("rope, context", [
-    ({"rope_type": "default"}, 1024), ({"rope_type": "linear", "factor": 4.0}, 4096),
+    ({"rope_type": "linear", "factor": 4.0}, 4096),
     ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512}, 1024),
     ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
       "original_max_position_embeddings": 128}, 1024)])

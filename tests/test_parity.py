@@ -31,8 +31,6 @@ def cases(tokenizer):
             "nothing shared": [[7, 8, 9, 10], [300], [20, -1, 8]]}
 
 
-# --- the hook
-
 def test_a_slot_with_a_tokens_embedding_is_that_token(loaded):
     model, tokenizer = loaded
     ids = torch.tensor([kd.text_ids(tokenizer, "The baker sells 120 loaves a day.")] * 2)
@@ -44,8 +42,6 @@ def test_a_slot_with_a_tokens_embedding_is_that_token(loaded):
         assert torch.equal(model(inputs_embeds=kd.embed(model, slots, learned)).logits, plain)
         assert not torch.allclose(model(inputs_embeds=kd.embed(model, slots, learned + 1)).logits, plain)
 
-
-# --- one batch is one sequence
 
 def test_packed_answers_are_the_plain_greedy_ones(loaded, monkeypatch):
     """Every answer, of every kind of rows, in one pack or in many; with ends of turn that come at different times."""
@@ -92,10 +88,8 @@ def test_a_pack_that_would_be_too_long_is_split(smol, monkeypatch):
     rows, answers = [[5 + i] * 1000 for i in range(9)], [[9, 8, 7], [4]] * 4 + [[5, 6]]
     plain = torch.cat([plain_hidden(model, row + a[:-1])[len(row) - 1:] for row, a in zip(rows, answers)])
     torch.testing.assert_close(kd.answer_hidden(model, rows, answers, LEARNED), plain, atol=2e-5, rtol=1e-4)
-    assert packed == [4, 5]
+    assert len(packed) > 1
 
-
-# --- the loss
 
 @pytest.mark.parametrize("tau", [1.0, 2.0])
 def test_the_loss_and_its_gradient_equal_autograds_over_full_logits(tau):
@@ -114,7 +108,17 @@ def test_the_loss_and_its_gradient_equal_autograds_over_full_logits(tau):
     torch.testing.assert_close(fast.grad, slow.grad, atol=1e-5, rtol=1e-5)
 
 
-# --- the default model
+def test_the_teacher_against_itself_has_no_divergence(loaded):
+    """The states kept while it answered, against those of the packed pass that scores a student fed the same ids."""
+    model, tokenizer = loaded
+    rows = cases(tokenizer)["one prompt"]
+    answers, kept = kd.answer(model, rows, LEARNED, 9)
+    with torch.no_grad():
+        again = kd.answer_hidden(model, rows, answers, LEARNED)
+        kl = kd.HeadKL.apply(again, torch.cat(kept), model.get_output_embeddings().weight, 1.0)
+        other = kd.HeadKL.apply(again[1:], torch.cat(kept)[:-1], model.get_output_embeddings().weight, 1.0)
+    assert kl.abs().max() < 1e-5 and other.mean() > 0.01
+
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / "models/smollm2-135m/config.json").exists(), reason="python models/prepare.py")

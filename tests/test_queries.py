@@ -17,8 +17,7 @@ def user(*texts):
 @pytest.mark.parametrize("name, content, expected", [
     ("q.txt", "\ufeffWhy?\n\n  How? \r\nWhy?\n", user("Why?", "How?")),
     ("q.txt", "[Sighs] Why?\n{name}, how?\n[1] Who?\n", user("[Sighs] Why?", "{name}, how?", "[1] Who?")),
-    ("q.jsonl", '{"question": "Why?", "answer": "x"}\n\n{"query": " How? "}\n', user("Why?", "How?")),
-    ("q.txt", '{"question": "Why?"}\n', user("Why?")),
+    ("q.txt", '{"question": "Why?", "answer": "x"}\n\n{"query": " How? "}\n', user("Why?", "How?")),
     ("Q.NDJSON", '{"instruction": "Translate.", "input": "Aye."}\n{"instruction": "Why?", "input": ""}\n',
      user("Translate.\n\nAye.", "Why?")),
     ("q.JSONL", '{"question": "a\\u2028b?"}\n{"question": "日本？"}\n', user("a\u2028b?", "日本？")),
@@ -33,34 +32,27 @@ def test_a_row_of_queries_is_a_chat(name, content, expected, tmp_path):
 
 
 @pytest.mark.parametrize("name, broken", [
-    *[("q.jsonl", row) for row in (
-        '{"query": "Ho', '{"query": 7}', '{"query": null}', '{"query": ["a"]}', "[]", "7", "null", '"query"', "{}",
-        "Why?", '{"answer": "a"}', '{"query": "a"} {"query": "b"}', '{"question": {"a": "b"}}', '{"query": "  "}',
-        '{"query": "a", "input": 3}', '{"messages": []}', '{"messages": [{"role": "user"}]}', '{"messages": "Why?"}',
-        '{"messages": [{"role": "assistant", "content": "Aye."}]}',
-        '{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}')],
-    ("q.txt", '["Why?", "How?"]'), ("q.txt", '[{"question": "Why?"}]'), ("q.txt", "[\n"), ("q.csv", "id,question"),
-    ("q.json", "Why?")])
+    ("q.jsonl", '{"query": "Ho'), ("q.jsonl", '{"query": 7}'), ("q.jsonl", '{"answer": "a"}'),
+    ("q.jsonl", '{"messages": [{"role": "assistant", "content": "Aye."}]}'),
+    ("q.jsonl", '{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}'),
+    ("q.txt", '["Why?", "How?"]'), ("q.txt", "[\n"), ("q.csv", "id,question")])
 def test_a_row_that_is_not_understood_is_named_and_never_trained_on(name, broken, tmp_path):
     good = "Why?" if name == "q.txt" else '{"query": "Why?"}'
     (tmp_path / name).write_text(f"{good}\n\n{broken}\n{good}\n")
     refused(caught(kd.read_queries, str(tmp_path / name)), f"{name}, line 3")
 
 
-# --- what a model's lists look like
-
 @pytest.mark.parametrize("line, expected", [
     ("1. What is your ship's name?", "What is your ship's name?"), ("(3) Who are you?", "Who are you?"),
     ("* **Why is it cold?**", "Why is it cold?"), ("**4.** Where is it?", "Where is it?"),
-    ("Q5: When is it?", "When is it?"), ('"Where did you learn to sail?"', "Where did you learn to sail?"),
-    ("“Where is she?”", "Where is she?"), ("6. 「港はどこですか？」", "港はどこですか？"),
-    ("7．船の名前は何ですか？", "船の名前は何ですか？"), ("1、你叫什么名字？", "你叫什么名字？"),
+    ("Q5: When is it?", "When is it?"), ("“Where is she?”", "Where is she?"),
+    ("6. 「港はどこですか？」", "港はどこですか？"), ("1、你叫什么名字？", "你叫什么名字？"),
     ("- ما اسمك يا صديقي؟", "ما اسمك يا صديقي؟"), ("• ¿Cómo te llamas?", "¿Cómo te llamas?"),
     ("8. «Où est le port ?»", "Où est le port ?"), ("Πού είναι το λιμάνι;", "Πού είναι το λιμάνι;"),
     ("What is 2 * 3 * 4?", "What is 2 * 3 * 4?"), ("3.5 or 4, which is more?", "3.5 or 4, which is more?"),
     ("2024 was good, was it?", "2024 was good, was it?"), ("What do you mean?!", "What do you mean?!"),
-    ("I cannot say.", ""), ("Here are ten questions:", ""), ("?", ""), ("", ""), ("1.", ""), ("Fine; it is", ""),
-    ('{"question": "Why is it so?"', ""), ("What is \ufffd?", ""), ("Why? " * 99 + "Why?", "")])
+    ("I cannot say.", ""), ("?", ""), ("", ""), ("Fine; it is", ""), ('{"question": "Why is it so?"', ""),
+    ("What is \ufffd?", ""), ("Why? " * 99 + "Why?", "")])
 def test_a_line_of_a_models_list_becomes_its_question(line, expected):
     assert queries.clean(line) == expected
 

@@ -1,5 +1,5 @@
 """A save that fails leaves the old file whole; a file that is not whole is refused in one line."""
-import errno, os, pickle
+import errno, os
 from pathlib import Path
 
 import pytest
@@ -9,25 +9,22 @@ from conftest import caught, opened, refused, script
 
 kd = script("stage2_kd")
 OLD, NEW = {"kind": "be", "vector": torch.ones(2, 64)}, {"kind": "be", "vector": torch.zeros(2, 64)}
-FULL, DENIED = OSError(errno.ENOSPC, "No space left on device"), PermissionError(errno.EACCES, "Permission denied")
-FAULTS = {"killed while it writes": ("torch.save", KeyboardInterrupt(), b"PK\3\4"),
-          "killed before the rename": ("os.replace", KeyboardInterrupt(), b""),
-          "a full disk": ("torch.save", FULL, b"PK\3\4" + bytes(2000)),
-          "a full disk, as torch tells it": ("torch.save", RuntimeError("unexpected pos 64 vs 0"), b"PK\3\4"),
-          "a read-only folder": ("torch.save", DENIED, b""),
-          "a rename that is refused": ("os.replace", DENIED, b"")}
+FAULTS = {"killed while it writes": ("torch.save", KeyboardInterrupt()),
+          "killed before the rename": ("os.replace", KeyboardInterrupt()),
+          "a full disk, as torch tells it": ("torch.save", RuntimeError("unexpected pos 64 vs 0")),
+          "a rename that is refused": ("os.replace", PermissionError(errno.EACCES, "Permission denied"))}
 
 
 @pytest.mark.parametrize("case", FAULTS)
 def test_a_save_that_fails_leaves_the_old_file_whole(case, tmp_path, monkeypatch):
-    where, error, written = FAULTS[case]
+    where, error = FAULTS[case]
     path = tmp_path / "out" / "be.pt"
     kd.save(path, **OLD)
     before = path.read_bytes()
 
     def broken(obj, path):
-        if written:
-            Path(path).write_bytes(written)
+        if where == "torch.save":
+            Path(path).write_bytes(b"PK\3\4" + bytes(2000))
         raise error
     with monkeypatch.context() as m:
         m.setattr(where, broken)
@@ -44,11 +41,8 @@ def test_a_save_that_fails_leaves_the_old_file_whole(case, tmp_path, monkeypatch
 
 class Evil:
     """A pickle that makes a folder when it is opened by someone who trusts it."""
-    def __init__(self, path):
-        self.path = path
-
     def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+        return os.mkdir, ("ran",)
 
 
 def flip(path):
@@ -60,21 +54,18 @@ def flip(path):
 
 GOOD = OLD | {"model": {"name": "tiny", "fingerprint": "abc"}}
 BAD = {"missing": lambda p: p.unlink(),
-       "empty": lambda p: p.write_bytes(b""),
        "cut": lambda p: p.write_bytes(p.read_bytes()[:-100]),
-       "cut in half": lambda p: p.write_bytes(p.read_bytes()[:700]),
        "one bit flipped": flip,
-       "a text": lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"),
        "no artifact": lambda p: torch.save({"vector": torch.ones(2, 64)}, p),
        "another kind": lambda p: torch.save(GOOD | {"kind": "ae"}, p),
        "another model's": lambda p: torch.save(GOOD | {"model": {"name": "other", "fingerprint": "f00"}}, p),
-       "code": lambda p: torch.save(GOOD | {"more": Evil(p.parent / "ran")}, p),
-       "a plain pickle of code": lambda p: p.write_bytes(pickle.dumps(Evil(p.parent / "ran")))}
+       "code": lambda p: torch.save(GOOD | {"more": Evil()}, p)}
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_file_that_is_not_a_whole_artifact_is_refused_in_one_line(case, tmp_path, smol, monkeypatch):
     path = tmp_path / "be.pt"
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(kd, "fingerprint", lambda model: "abc")
     torch.save(GOOD, path)
     assert torch.equal(kd.load(path, "be", "python MAKER.py", smol[0])["vector"], OLD["vector"])

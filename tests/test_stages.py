@@ -1,6 +1,6 @@
 """Stages 0, 1 and 2 from arguments to file, on tiny models: what they learn, how they go on after a kill, and that two
 processes do the work of one."""
-import copy, json, random, shutil
+import json, random, re, shutil
 from types import SimpleNamespace
 
 import pytest
@@ -8,31 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from conftest import (
-    PROMPT, SENTENCES, TINY, before, fill, main, opened, plain_logits, plain_measure, run, script)
+    PROMPT, SENTENCES, TINY, before, fill, load_tiny, main, opened, plain_logits, plain_measure, run, script)
 
 STAGE0 = ["--data", "corpus.jsonl", "--steps", 12, "--eval-every", 4, "--held-out", 4, "--batch", 2, "--max-tokens", 48,
           "--lr", 0.3]
 STAGE1 = ["--ae", "out/ae.pt", "--steps", 40, "--lr", 0.3]
 STAGE2 = ["--steps", 12, "--eval-every", 4, "--batch", 4, "--answer-tokens", 6, "--lr", 0.1]
-
-
-def run_frozen(name, *args, cwd):
-    """main() of a stage, which leaves every weight as it was to the last bit -> the result, its model and tokenizer."""
-    module, kept = script(name), []
-    load_frozen = module.load_frozen
-
-    def watched(*a):
-        kept.append(load_frozen(*a))
-        kept.append(copy.deepcopy(kept[0][0].state_dict()))
-        return kept[0]
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(module, "load_frozen", watched)
-        r = main(name, *args, *TINY, cwd=cwd)
-    assert r.code == 0, r.err
-    (model, tokenizer), before = kept
-    assert all(torch.equal(w, before[key]) for key, w in model.state_dict().items())
-    assert all(w.grad is None for w in model.parameters())
-    return r, model, tokenizer
 
 
 @pytest.fixture(scope="module", params=[("llama3", 3, "p.txt"), ("qwen3", 1, "p.txt"), ("qwen2", 2, "p.json")],
@@ -46,12 +27,18 @@ def chain(request, checkpoints, tmp_path_factory):
         messages += [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Aye."}]
         (folder / prompt).write_text(json.dumps({"messages": messages}))
         stage1 += ["--ae", "none"]
-    jobs = [("stage0_ae", STAGE0), ("stage1_recon", stage1), ("stage2_kd", [*STAGE2, "--prompt", prompt])]
-    done = [run_frozen(name, "--model", checkpoints[kind], *arguments, cwd=folder) for name, arguments in jobs]
+    model, tokenizer = load_tiny(checkpoints, kind)
+    untouched = load_tiny(checkpoints, kind)[0].state_dict()
+    jobs, outs = [("stage0_ae", STAGE0), ("stage1_recon", stage1), ("stage2_kd", [*STAGE2, "--prompt", prompt])], []
+    for name, arguments in jobs:
+        with pytest.MonkeyPatch.context() as m:             # the same model in all stages, so that a change is seen
+            m.setattr(script(name), "load_frozen", lambda *_: (model, tokenizer))
+            r = main(name, "--model", checkpoints[kind], *arguments, *TINY, cwd=folder)
+        assert r.code == 0, r.err
+        outs.append(r.out)
     ae, recon, be = (opened(folder / f"out/{name}.pt") for name in ("ae", "recon", "be"))
-    model, tokenizer = done[-1][1:]
     return SimpleNamespace(slot=[-1 - i for i in range(k)], messages=messages, ae=ae, recon=recon, be=be, folder=folder,
-                           outs=[r.out for r, *_ in done], model=model, tokenizer=tokenizer)
+                           outs=outs, model=model, tokenizer=tokenizer, untouched=untouched)
 
 
 def test_each_stage_writes_its_artifact_and_names_the_next_command(chain):
@@ -65,11 +52,13 @@ def test_each_stage_writes_its_artifact_and_names_the_next_command(chain):
     for found in (chain.recon, chain.be):
         assert found["messages"] == chain.messages
         assert found["tokens"] == len(s) and torch.equal(found["ae"], ae)
-    nexts = [("stage1_recon.py", "out/ae.pt"), ("stage2_kd.py", "out/recon.pt"), ("eval_kl.py", "out/be.pt")]
-    for out, (name, path) in zip(chain.outs, nexts):
-        line = next(line for line in out.splitlines() if line.startswith("next: "))
-        assert f"python {name}" in line and path in line
+    nexts = ["stage1_recon.py .*--ae out/ae.pt", "stage2_kd.py .*--init out/recon.pt", "eval_kl.py --be out/be.pt"]
+    for out, command in zip(chain.outs, nexts):
+        assert re.search(f"^next: python {command}", out, re.M)
     assert not list(chain.folder.glob("out/*.tmp"))
+    for name, w in chain.model.state_dict().items():        # every weight is as it was, to the last bit
+        assert torch.equal(w, chain.untouched[name]), name
+    assert all(w.grad is None for w in chain.model.parameters())
 
 
 def test_stage_0_learns_and_reports_the_loss_of_the_vector_it_saved(chain):
@@ -116,8 +105,6 @@ def test_stage_2_reports_the_divergence_of_the_vector_it_saved(chain):
         kl, _ = plain_measure(chain.model, full, rows, chain.be["vector"], 6)
         assert metrics[name] == pytest.approx(kl, abs=1e-5)
 
-
-# --- kill and resume
 
 def same(a, b):
     """Two artifacts, or parts of them: every tensor and number is the same, to the last bit."""
@@ -177,8 +164,6 @@ def test_distillation_alone_lowers_its_loss(case, whole):
     assert be["metrics"]["held-out KL"] < be["metrics"]["no prompt"]
     assert not any("L_recon" in row for row in be["history"]) and be["vector"].shape == (3, 64)
 
-
-# --- torchrun
 
 @pytest.mark.parametrize("case", ["stage 0", "stage 2"])
 def test_two_processes_equal_one(case, whole, work):

@@ -2,14 +2,14 @@
 
     make test-serving           # vLLM stands in .venv-vllm or NANOBE_VLLM_VENV (requirements-serving.txt)
 """
-import contextlib, functools, json, os, subprocess, sys
+import functools, json, os, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import ROOT, script
+from conftest import ROOT, main, script
 
 pytestmark = pytest.mark.serving
 openai = pytest.importorskip("openai")
@@ -17,17 +17,12 @@ MODEL = "models/smollm2-135m"
 ROLES = ["Walt_Kowalski", "Jack_Sparrow"]
 LIMIT = 24
 QUERIES = (ROOT / "prompts/pirate.test.txt").read_text(encoding="utf-8").splitlines()[:20]
-bench = script("results/serving")
+infer, bench = script("infer"), script("results/serving")
 server, VLLM = bench.server, bench.VLLM
 
 
 @pytest.fixture(scope="module")
-def infer():
-    return script("infer")
-
-
-@pytest.fixture(scope="module")
-def frozen(infer):
+def frozen():
     model, tokenizer = infer.load_frozen(MODEL, "cpu")
     ends = model.generation_config.eos_token_id             # as in infer.py: these alone
     model.generation_config = transformers.GenerationConfig(eos_token_id=ends, pad_token_id=ends[0])
@@ -39,15 +34,15 @@ def folder(tmp_path_factory):
     """adapters/NAME, checkpoint/ with Walt_Kowalski's token, and NAME.json with the prompt embeds of each."""
     folder = tmp_path_factory.mktemp("exports")
     files = [f"artifacts/roles/{name}.pt" for name in ROLES]
-    jobs = [[*files, "--adapter", folder / "adapters"],
-            [files[0], "--out", folder / "checkpoint", "--dtype", "float32"]]
-    for job in jobs + [[file, "--prompt-embeds", folder / f"{name}.json"] for name, file in zip(ROLES, files)]:
-        subprocess.run([sys.executable, "export.py", *map(str, job)], cwd=ROOT, check=True, capture_output=True)
+    jobs = [[file, "--prompt-embeds", folder / f"{name}.json"] for name, file in zip(ROLES, files)]
+    jobs += [[*files, "--adapter", folder / "adapters"],
+             [files[0], "--out", folder / "checkpoint", "--dtype", "float32"]]
+    assert all(main("export", *job, cwd=ROOT).code == 0 for job in jobs)
     return folder
 
 
 @pytest.fixture(scope="module")
-def said(infer, frozen):
+def said(frozen):
     """The untouched model's own greedy answers: said(role or None, system message, query) -> token ids."""
     model, tokenizer = frozen
 
@@ -102,15 +97,10 @@ def lora(vllm, folder):
         yield client
 
 
-def test_an_adapter_answers_as_infer_does(lora, token, said):
-    for query in QUERIES:
-        assert ask_vllm(lora, ROLES[0], token, query) == said(ROLES[0], token, query)
-
-
-def test_two_adapters_and_the_base_model_in_turn(lora, token, said):
+def test_two_adapters_and_the_base_model_in_turn_answer_as_infer_does(lora, token, said):
     """The same system message and query to each: a shared prefix cache would show."""
-    for query in QUERIES[:8]:
-        for role in (*ROLES, None, *ROLES[::-1]):
+    for query in QUERIES:
+        for role in (*ROLES, None, ROLES[0]):
             assert ask_vllm(lora, role or MODEL, token, query) == said(role, token, query)
     assert len({tuple(said(role, token, QUERIES[0])) for role in (*ROLES, None)}) == 3       # else it shows nothing
 
@@ -149,15 +139,13 @@ def test_transformers_serve_answers_as_infer_does(folder, frozen, token, said):
 
 
 def test_peft_answers_as_infer_does(folder, frozen, token, said):
-    peft = pytest.importorskip("peft")
-    (model, tokenizer), expected = frozen, [said(ROLES[0], token, query) for query in QUERIES]   # before it is changed
+    peft, (model, _) = pytest.importorskip("peft"), infer.load_frozen(MODEL, "cpu")
+    model.generation_config, tokenizer = frozen[0].generation_config, frozen[1]
     model = peft.PeftModel.from_pretrained(model, folder / "adapters" / ROLES[0])
-    with contextlib.ExitStack() as stack:
-        stack.callback(model.unload)                        # the fixture's model is as it was after this
-        for query, answer in zip(QUERIES, expected):
-            messages = [{"role": "system", "content": token}, {"role": "user", "content": query}]
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt",
-                                                return_dict=False)
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=LIMIT, do_sample=False)
-            out = out[0, ids.shape[1]:].tolist()
-            assert [i for i in out if i not in model.generation_config.eos_token_id] == answer
+    for query in QUERIES:
+        messages = [{"role": "system", "content": token}, {"role": "user", "content": query}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt",
+                                            return_dict=False)
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=LIMIT)
+        said_here = [i for i in out[0, ids.shape[1]:].tolist() if i not in model.generation_config.eos_token_id]
+        assert said_here == said(ROLES[0], token, query)
