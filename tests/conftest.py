@@ -163,7 +163,6 @@ def before(tokenizer, slot, turns):
     return script("stage2_kd").chat_ids(tokenizer, [{"role": "system", "content": slot}] + turns)
 
 
-@torch.no_grad()
 def plain_logits(model, ids, learned):
     """The reference for every fast path: one row, no cache, no mask, nothing packed -> (T, V)."""
     embeds = script("stage2_kd").embed(model, torch.tensor([ids]), learned)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from conftest import (
-    PROMPT, SENTENCES, TINY, before, fill, load_tiny, main, opened, plain_logits, plain_measure, run, script)
+    PROMPT, SENTENCES, TINY, before, fill, load_tiny, main, opened, plain_greedy, plain_logits, plain_measure, run,
+    script)
 
 STAGE0 = ["--data", "corpus.jsonl", "--steps", 12, "--eval-every", 4, "--held-out", 4, "--batch", 2, "--max-tokens", 48,
           "--lr", 0.3]
@@ -156,13 +157,30 @@ def test_a_killed_run_goes_on_bit_for_bit(case, whole, monkeypatch):
         assert same(opened("killed/x.pt"), expected)
 
 
-@pytest.mark.parametrize("case", ["stage 2, noise"])
-def test_distillation_alone_lowers_its_loss(case, whole):
-    _, _, be = whole
-    losses = [row["L_KD"] for row in be["history"] if "L_KD" in row]
-    assert len(losses) == 45 and sum(losses[30:]) < 0.9 * sum(losses[:15])
-    assert be["metrics"]["held-out KL"] < be["metrics"]["no prompt"]
-    assert not any("L_recon" in row for row in be["history"]) and be["vector"].shape == (3, 64)
+def test_a_step_of_stage_2_has_the_gradient_of_the_whole_loss(checkpoints, vectors, work, smol, monkeypatch):
+    """L = (1 - lambda) L_recon + lambda L_KD, by autograd over plain logits. One step of plain gradient descent shows
+    it; as it goes uphill, the vector kept is the one before it."""
+    shutil.copytree(vectors, "out")
+    monkeypatch.setattr(torch.optim, "AdamW", lambda params, **settings: torch.optim.SGD(params))
+    (work / "q.txt").write_text("Why?\nWho are you?\nHow is it made?\n")          # one is held out
+    step = ["--queries", "q.txt", "--batch", 2, "--steps", 1, "--lr", -1, "--lam", 0.7, "--tau", 1.5]
+    r = main("stage2_kd", *P, *STAGE2, *step, "--model", checkpoints["smol"], *TINY)
+    assert r.code == 0, r.err
+    (model, tokenizer), start, be = smol, opened("out/recon.pt"), opened("out/be.pt")
+    vector, kl, tokens = start["vector"].clone().requires_grad_(), 0, 0
+    for chat in be["trained_on"][1:]:
+        full, fed = script("infer").chat_ids(tokenizer, start["messages"] + chat), before(tokenizer, [-1], chat)
+        said = plain_greedy(model, full, vector, 6)
+        teacher, student = (F.log_softmax(plain_logits(model, ids + said, vector)[-len(said) - 1:-1] / 1.5, -1)
+                            for ids in (full, fed))
+        kl += F.kl_div(student, teacher, log_target=True, reduction="sum")
+        tokens += len(said)
+    s = script("stage2_kd").prompt_ids(tokenizer, start["messages"])
+    logits = plain_logits(model, fed[:fed.index(-1)] + [-1, -2] + s, torch.cat([vector, start["ae"]]))
+    recon = F.cross_entropy(logits[-len(s) - 1:-1], torch.tensor(s))
+    (0.3 * 4 * recon + 0.7 * 1.5 ** 2 * kl / tokens).backward()         # L_recon every fourth step, so four times
+    assert vector.grad.norm() > 0.1 and torch.equal(be["vector"], start["vector"])
+    torch.testing.assert_close(be["run"]["be"], start["vector"] + 0.1 * vector.grad, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["stage 0", "stage 2"])
