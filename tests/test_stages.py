@@ -117,11 +117,11 @@ def same(a, b):
 
 
 P = ["--prompt", "p.txt"]
-NOISE = ["--init", "noise", "--lam", 1, "--k", 3, "--steps", 45, "--eval-every", 15]
 RESUMED = {"stage 0": ("stage0_ae", STAGE0),
-           "stage 1": ("stage1_recon", [*P, *STAGE1, "--steps", 110, "--k", 2]),
-           "stage 2": ("stage2_kd", [*P, *STAGE2]),                     # out/recon.pt is there
-           "stage 2, noise": ("stage2_kd", [*P, *STAGE2, *NOISE])}
+           # uphill: the best vector is that of the first step, which only the file has
+           "stage 1": ("stage1_recon", [*P, *STAGE1, "--steps", 110, "--k", 2, "--lr", -0.3]),
+           "stage 2": ("stage2_kd", [*P, *STAGE2]),
+           "stage 2, noise": ("stage2_kd", [*P, *STAGE2, "--init", "noise", "--lam", 1, "--k", 3])}
 
 
 @pytest.fixture
@@ -162,8 +162,8 @@ def test_a_step_of_stage_2_has_the_gradient_of_the_whole_loss(checkpoints, vecto
     it; as it goes uphill, the vector kept is the one before it."""
     shutil.copytree(vectors, "out")
     monkeypatch.setattr(torch.optim, "AdamW", lambda params, **settings: torch.optim.SGD(params))
-    (work / "q.txt").write_text("Why?\nWho are you?\nHow is it made?\n")          # one is held out
-    step = ["--queries", "q.txt", "--batch", 2, "--steps", 1, "--lr", -1, "--lam", 0.7, "--tau", 1.5]
+    (work / "q.txt").write_text("Why?\nWho are you?\nHow is it made?\nWhere?\n")         # one is held out
+    step = ["--queries", "q.txt", "--batch", 3, "--steps", 1, "--lr", -1, "--lam", 0.7, "--tau", 1.5]
     r = main("stage2_kd", *P, *STAGE2, *step, "--model", checkpoints["smol"], *TINY)
     assert r.code == 0, r.err
     (model, tokenizer), start, be = smol, opened("out/recon.pt"), opened("out/be.pt")
@@ -175,7 +175,7 @@ def test_a_step_of_stage_2_has_the_gradient_of_the_whole_loss(checkpoints, vecto
                             for ids in (full, fed))
         kl += F.kl_div(student, teacher, log_target=True, reduction="sum")
         tokens += len(said)
-    s = script("stage2_kd").prompt_ids(tokenizer, start["messages"])
+    s = script("infer").text_ids(tokenizer, PROMPT)
     logits = plain_logits(model, fed[:fed.index(-1)] + [-1, -2] + s, torch.cat([vector, start["ae"]]))
     recon = F.cross_entropy(logits[-len(s) - 1:-1], torch.tensor(s))
     (0.3 * 4 * recon + 0.7 * 1.5 ** 2 * kl / tokens).backward()         # L_recon every fourth step, so four times
