@@ -32,7 +32,7 @@ def settings():
     return p.parse_args()
 
 
-# --- shared: load_frozen --------------------------------------------------------------------
+# --- shared: load_frozen ----------------------------------------------------------------------
 def fail(message):
     """A user's mistake: one line that says what was expected, what came and what to do; exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
@@ -79,18 +79,18 @@ def load_frozen(name, device="auto"):
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
     return model, tokenizer
+# --- end shared -------------------------------------------------------------------------------
 
-
-# --- shared: embed --------------------------------------------------------------------------
+# --- shared: embed ----------------------------------------------------------------------------
 def embed(model, ids, learned):
     """The hook: ids (B, T) to input embeddings (B, T, d). id >= 0 is a token of the frozen table; -1 - i is row i of
     learned (n, d), an fp32 master, cast here: bf16 numbers near 0.5 are 0.004 apart, too coarse for a small step."""
     tokens = model.get_input_embeddings()(ids.clamp(min=0))
     rows = F.embedding((-1 - ids).clamp(min=0), learned.to(tokens.dtype))
     return torch.where((ids < 0)[..., None], rows, tokens)
+# --- end shared -------------------------------------------------------------------------------
 
-
-# --- shared: chat_ids -----------------------------------------------------------------------
+# --- shared: chat_ids -------------------------------------------------------------------------
 # Llama 3 would print today's date, and Qwen3 would think aloud
 TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}
 
@@ -112,9 +112,9 @@ def chat_ids(tokenizer, messages, generate=True):
     if len(ids) > tokenizer.model_max_length:
         fail(f"expected at most {tokenizer.model_max_length} tokens, as many as fit, found {len(ids)}; shorten it")
     return ids
+# --- end shared -------------------------------------------------------------------------------
 
-
-# --- shared: artifact -----------------------------------------------------------------------
+# --- shared: artifact -------------------------------------------------------------------------
 def fingerprint(model):
     """A vector fits the weights it was trained on and no others: a hash over a sample of each of them."""
     h = hashlib.sha256()
@@ -134,9 +134,9 @@ def load(path, kind, maker, model=None):
     except Exception as e:                                  # a damaged file raises many types; each means the same
         fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
     return artifact
+# --- end shared -------------------------------------------------------------------------------
 
-
-# --- shared: pack ---------------------------------------------------------------------------
+# --- shared: pack -----------------------------------------------------------------------------
 def shared_length(rows):
     """How many ids all rows begin with; each keeps one of its own."""
     return min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)
@@ -189,9 +189,9 @@ def answer(model, rows, learned, limit, pack_tokens=4096):
             answers.append(tokens[:length])
             hidden.append(h[:length].clone())
     return answers, hidden
+# --- end shared -------------------------------------------------------------------------------
 
-
-# --- shared: answer_hidden ------------------------------------------------------------------
+# --- shared: answer_hidden --------------------------------------------------------------------
 def answer_hidden(model, rows, answers, learned):
     """The last hidden states that predict the tokens of the answers, row after row -> (sum of T, d)."""
     full = [row + a[:-1] for row, a in zip(rows, answers)]
@@ -205,9 +205,9 @@ def answer_hidden(model, rows, answers, learned):
     out = model.get_decoder()(inputs_embeds=embed(model, ids[None].to(model.device), learned), use_cache=False,
                               position_ids=positions[None].to(model.device), attention_mask=sees(model, owners))
     return out.last_hidden_state[0, at]
+# --- end shared -------------------------------------------------------------------------------
 
-
-# --- shared: read_queries -------------------------------------------------------------------
+# --- shared: read_queries ---------------------------------------------------------------------
 def read_queries(path):
     """One query a line: a text; in a .jsonl or .ndjson an object with a question, query or instruction (and its input),
     or with messages, the last one the user's -> chats, lists of messages, each once."""
@@ -262,13 +262,13 @@ def main():
     print(f"{args.queries}: {len(chats)} test queries; {left_out} left out, on which [BE] was trained")
     if not chats:
         fail(f"--queries {args.queries}: expected queries that [BE] was not trained on, found none; give others")
+    model, tokenizer = load_frozen(args.model, args.device)
+    load(args.be, "be", "python stage2_kd.py --prompt PROMPT", model)
     try:                                                    # the place is tried before the work, not after it
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         open(f"{args.out}.tmp", "w").close()
     except OSError as e:
         fail(f"--out {args.out}: cannot be written: {e}; give another --out")
-    model, tokenizer = load_frozen(args.model, args.device)
-    load(args.be, "be", "python stage2_kd.py --prompt PROMPT", model)
 
     # what is fed: the prompt or, in its place, [BE]; nothing; the noise that a [BE] begins as; the prompt's beginning
     table, k = model.get_input_embeddings().weight.float(), len(artifact["vector"])

@@ -33,7 +33,7 @@ def settings():
     return p.parse_args()
 
 
-# --- shared: load_frozen --------------------------------------------------------------------
+# --- shared: load_frozen ----------------------------------------------------------------------
 def fail(message):
     """A user's mistake: one line that says what was expected, what came and what to do; exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
@@ -80,9 +80,9 @@ def load_frozen(name, device="auto"):
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
     return model, tokenizer
+# --- end shared -------------------------------------------------------------------------------
 
-
-# --- shared: chat_ids -----------------------------------------------------------------------
+# --- shared: chat_ids -------------------------------------------------------------------------
 # Llama 3 would print today's date, and Qwen3 would think aloud
 TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}
 
@@ -104,9 +104,9 @@ def chat_ids(tokenizer, messages, generate=True):
     if len(ids) > tokenizer.model_max_length:
         fail(f"expected at most {tokenizer.model_max_length} tokens, as many as fit, found {len(ids)}; shorten it")
     return ids
+# --- end shared -------------------------------------------------------------------------------
 
-
-# --- shared: artifact -----------------------------------------------------------------------
+# --- shared: artifact -------------------------------------------------------------------------
 def fingerprint(model):
     """A vector fits the weights it was trained on and no others: a hash over a sample of each of them."""
     h = hashlib.sha256()

@@ -41,7 +41,7 @@ def settings():
     return p.parse_args()
 
 
-# --- shared: load_frozen --------------------------------------------------------------------
+# --- shared: load_frozen ----------------------------------------------------------------------
 def fail(message):
     """A user's mistake: one line that says what was expected, what came and what to do; exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
@@ -88,18 +88,18 @@ def load_frozen(name, device="auto"):
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
     return model, tokenizer
+# --- end shared -------------------------------------------------------------------------------
 
-
-# --- shared: embed --------------------------------------------------------------------------
+# --- shared: embed ----------------------------------------------------------------------------
 def embed(model, ids, learned):
     """The hook: ids (B, T) to input embeddings (B, T, d). id >= 0 is a token of the frozen table; -1 - i is row i of
     learned (n, d), an fp32 master, cast here: bf16 numbers near 0.5 are 0.004 apart, too coarse for a small step."""
     tokens = model.get_input_embeddings()(ids.clamp(min=0))
     rows = F.embedding((-1 - ids).clamp(min=0), learned.to(tokens.dtype))
     return torch.where((ids < 0)[..., None], rows, tokens)
+# --- end shared -------------------------------------------------------------------------------
 
-
-# --- shared: chat_ids -----------------------------------------------------------------------
+# --- shared: chat_ids -------------------------------------------------------------------------
 # Llama 3 would print today's date, and Qwen3 would think aloud
 TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}
 
@@ -121,9 +121,9 @@ def chat_ids(tokenizer, messages, generate=True):
     if len(ids) > tokenizer.model_max_length:
         fail(f"expected at most {tokenizer.model_max_length} tokens, as many as fit, found {len(ids)}; shorten it")
     return ids
+# --- end shared -------------------------------------------------------------------------------
 
-
-# --- shared: artifact -----------------------------------------------------------------------
+# --- shared: artifact -------------------------------------------------------------------------
 def fingerprint(model):
     """A vector fits the weights it was trained on and no others: a hash over a sample of each of them."""
     h = hashlib.sha256()
@@ -143,9 +143,9 @@ def load(path, kind, maker, model=None):
     except Exception as e:                                  # a damaged file raises many types; each means the same
         fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
     return artifact
+# --- end shared -------------------------------------------------------------------------------
 
-
-# --- shared: save ---------------------------------------------------------------------------
+# --- shared: save -----------------------------------------------------------------------------
 def save(path, **artifact):
     """Written beside its place and renamed: a run that is killed here, or a full disk, leaves the old file whole.
     Without an artifact the place is only tried, before the work rather than after it."""
@@ -155,9 +155,9 @@ def save(path, **artifact):
         os.replace(f"{path}.tmp", path) if artifact else os.remove(f"{path}.tmp")
     except (OSError, RuntimeError) as e:                    # torch tells of a full disk by the second
         fail(f"{path}: cannot be written: {e}; what was there before is whole; mend that, or give another --out")
+# --- end shared -------------------------------------------------------------------------------
 
-
-# --- shared: torchrun -----------------------------------------------------------------------
+# --- shared: torchrun -------------------------------------------------------------------------
 def torchrun():
     """This process's rank and their number: 0 and 1, but for torchrun. Rank 0 alone answers, prints and saves."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -31,14 +31,14 @@ def settings():
     add("--out", default="out/recon.pt", help="the artifact, for stage 2")
     add("--resume", action="store_true", help="go on from --out")
     add("--k", type=int, default=1, help="vectors to learn; the paper's is 1")
-    add("--steps", type=int, default=60, help="at most; it stops when every token of P is right")
+    add("--steps", type=int, default=60, help="optimizer steps; four vectors and more want thousands")
     add("--lr", type=float, help="peak; None is 0.22 standard deviations of the embedding table")
     add("--seed", type=int, default=0, help="of the start")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="auto: the first that is there")
     return p.parse_args()
 
 
-# --- shared: load_frozen --------------------------------------------------------------------
+# --- shared: load_frozen ----------------------------------------------------------------------
 def fail(message):
     """A user's mistake: one line that says what was expected, what came and what to do; exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
@@ -85,18 +85,18 @@ def load_frozen(name, device="auto"):
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
     return model, tokenizer
+# --- end shared -------------------------------------------------------------------------------
 
-
-# --- shared: embed --------------------------------------------------------------------------
+# --- shared: embed ----------------------------------------------------------------------------
 def embed(model, ids, learned):
     """The hook: ids (B, T) to input embeddings (B, T, d). id >= 0 is a token of the frozen table; -1 - i is row i of
     learned (n, d), an fp32 master, cast here: bf16 numbers near 0.5 are 0.004 apart, too coarse for a small step."""
     tokens = model.get_input_embeddings()(ids.clamp(min=0))
     rows = F.embedding((-1 - ids).clamp(min=0), learned.to(tokens.dtype))
     return torch.where((ids < 0)[..., None], rows, tokens)
+# --- end shared -------------------------------------------------------------------------------
 
-
-# --- shared: chat_ids -----------------------------------------------------------------------
+# --- shared: chat_ids -------------------------------------------------------------------------
 # Llama 3 would print today's date, and Qwen3 would think aloud
 TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}
 
@@ -118,9 +118,9 @@ def chat_ids(tokenizer, messages, generate=True):
     if len(ids) > tokenizer.model_max_length:
         fail(f"expected at most {tokenizer.model_max_length} tokens, as many as fit, found {len(ids)}; shorten it")
     return ids
+# --- end shared -------------------------------------------------------------------------------
 
-
-# --- shared: read_prompt --------------------------------------------------------------------
+# --- shared: read_prompt ----------------------------------------------------------------------
 def read_prompt(path):
     """The prompt file -> messages: a text is one system message, a .json file holds a dialogue."""
     try:
@@ -140,9 +140,9 @@ def prompt_ids(tokenizer, messages):
         return text_ids(tokenizer, messages[0]["content"])
     ids = chat_ids(tokenizer, messages, generate=False)
     return ids[1:] if ids.count(tokenizer.bos_token_id) == 1 else ids       # ChatML's BOS opens every turn
+# --- end shared -------------------------------------------------------------------------------
 
-
-# --- shared: artifact -----------------------------------------------------------------------
+# --- shared: artifact -------------------------------------------------------------------------
 def fingerprint(model):
     """A vector fits the weights it was trained on and no others: a hash over a sample of each of them."""
     h = hashlib.sha256()
@@ -162,9 +162,9 @@ def load(path, kind, maker, model=None):
     except Exception as e:                                  # a damaged file raises many types; each means the same
         fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
     return artifact
+# --- end shared -------------------------------------------------------------------------------
 
-
-# --- shared: save ---------------------------------------------------------------------------
+# --- shared: save -----------------------------------------------------------------------------
 def save(path, **artifact):
     """Written beside its place and renamed: a run that is killed here, or a full disk, leaves the old file whole.
     Without an artifact the place is only tried, before the work rather than after it."""
@@ -228,22 +228,18 @@ def main():
         optimizer.zero_grad()
         loss.backward()
         right = (z.argmax(-1) == target).sum().item()
-        if loss.item() < best["loss"] or right == len(s):   # all of P is in each step: the exact scores of this vector
+        if loss.item() < best["loss"]:                      # all of P is in each step: the exact scores of this vector
             best = {"loss": loss.item(), "right": right, "vector": be.detach().cpu().clone()}
         optimizer.step()
 
         history.append({"step": step, "L_recon": loss.item()})
         bar.set_postfix(L_recon=f"{loss.item():.3f}", right=f"{right}/{len(s)}")
-        done = right == len(s) or step + 1 == args.steps
-        if done or (step + 1) % 50 == 0:
-            run = {"step": args.steps if done else step + 1, "be": be.detach().cpu(), "best": best,
-                   "optimizer": optimizer.state_dict()}
+        if (step + 1) % 50 == 0 or step + 1 == args.steps:
+            run = {"step": step + 1, "be": be.detach().cpu(), "best": best, "optimizer": optimizer.state_dict()}
             save(args.out, kind="be", stage="recon", vector=best["vector"], messages=messages, tokens=len(s),
                  ae=ae.cpu(), model={"name": args.model, "fingerprint": fingerprint(model)},
                  metrics={"L_recon": best["loss"], "right": best["right"], "n": len(s)},
                  config=vars(args), history=history, run=run)
-        if done:
-            break
 
     print(f"{best['loss']:.3f} nats a token; with the true past given {best['right']} of {len(s)} tokens are right")
     print(f"wrote {args.out}\nnext: python stage2_kd.py --prompt {args.prompt} --model {args.model} --init {args.out}")

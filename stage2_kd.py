@@ -49,7 +49,7 @@ def settings():
     return p.parse_args()
 
 
-# --- shared: load_frozen --------------------------------------------------------------------
+# --- shared: load_frozen ----------------------------------------------------------------------
 def fail(message):
     """A user's mistake: one line that says what was expected, what came and what to do; exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
@@ -96,18 +96,18 @@ def load_frozen(name, device="auto"):
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
     return model, tokenizer
+# --- end shared -------------------------------------------------------------------------------
 
-
-# --- shared: embed --------------------------------------------------------------------------
+# --- shared: embed ----------------------------------------------------------------------------
 def embed(model, ids, learned):
     """The hook: ids (B, T) to input embeddings (B, T, d). id >= 0 is a token of the frozen table; -1 - i is row i of
     learned (n, d), an fp32 master, cast here: bf16 numbers near 0.5 are 0.004 apart, too coarse for a small step."""
     tokens = model.get_input_embeddings()(ids.clamp(min=0))
     rows = F.embedding((-1 - ids).clamp(min=0), learned.to(tokens.dtype))
     return torch.where((ids < 0)[..., None], rows, tokens)
+# --- end shared -------------------------------------------------------------------------------
 
-
-# --- shared: chat_ids -----------------------------------------------------------------------
+# --- shared: chat_ids -------------------------------------------------------------------------
 # Llama 3 would print today's date, and Qwen3 would think aloud
 TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}
 
@@ -129,9 +129,9 @@ def chat_ids(tokenizer, messages, generate=True):
     if len(ids) > tokenizer.model_max_length:
         fail(f"expected at most {tokenizer.model_max_length} tokens, as many as fit, found {len(ids)}; shorten it")
     return ids
+# --- end shared -------------------------------------------------------------------------------
 
-
-# --- shared: read_prompt --------------------------------------------------------------------
+# --- shared: read_prompt ----------------------------------------------------------------------
 def read_prompt(path):
     """The prompt file -> messages: a text is one system message, a .json file holds a dialogue."""
     try:
@@ -151,9 +151,9 @@ def prompt_ids(tokenizer, messages):
         return text_ids(tokenizer, messages[0]["content"])
     ids = chat_ids(tokenizer, messages, generate=False)
     return ids[1:] if ids.count(tokenizer.bos_token_id) == 1 else ids       # ChatML's BOS opens every turn
+# --- end shared -------------------------------------------------------------------------------
 
-
-# --- shared: artifact -----------------------------------------------------------------------
+# --- shared: artifact -------------------------------------------------------------------------
 def fingerprint(model):
     """A vector fits the weights it was trained on and no others: a hash over a sample of each of them."""
     h = hashlib.sha256()
@@ -173,9 +173,9 @@ def load(path, kind, maker, model=None):
     except Exception as e:                                  # a damaged file raises many types; each means the same
         fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
     return artifact
+# --- end shared -------------------------------------------------------------------------------
 
-
-# --- shared: save ---------------------------------------------------------------------------
+# --- shared: save -----------------------------------------------------------------------------
 def save(path, **artifact):
     """Written beside its place and renamed: a run that is killed here, or a full disk, leaves the old file whole.
     Without an artifact the place is only tried, before the work rather than after it."""
@@ -185,9 +185,9 @@ def save(path, **artifact):
         os.replace(f"{path}.tmp", path) if artifact else os.remove(f"{path}.tmp")
     except (OSError, RuntimeError) as e:                    # torch tells of a full disk by the second
         fail(f"{path}: cannot be written: {e}; what was there before is whole; mend that, or give another --out")
+# --- end shared -------------------------------------------------------------------------------
 
-
-# --- shared: pack ---------------------------------------------------------------------------
+# --- shared: pack -----------------------------------------------------------------------------
 def shared_length(rows):
     """How many ids all rows begin with; each keeps one of its own."""
     return min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)
@@ -240,9 +240,9 @@ def answer(model, rows, learned, limit, pack_tokens=4096):
             answers.append(tokens[:length])
             hidden.append(h[:length].clone())
     return answers, hidden
+# --- end shared -------------------------------------------------------------------------------
 
-
-# --- shared: answer_hidden ------------------------------------------------------------------
+# --- shared: answer_hidden --------------------------------------------------------------------
 def answer_hidden(model, rows, answers, learned):
     """The last hidden states that predict the tokens of the answers, row after row -> (sum of T, d)."""
     full = [row + a[:-1] for row, a in zip(rows, answers)]
@@ -256,9 +256,9 @@ def answer_hidden(model, rows, answers, learned):
     out = model.get_decoder()(inputs_embeds=embed(model, ids[None].to(model.device), learned), use_cache=False,
                               position_ids=positions[None].to(model.device), attention_mask=sees(model, owners))
     return out.last_hidden_state[0, at]
+# --- end shared -------------------------------------------------------------------------------
 
-
-# --- shared: read_queries -------------------------------------------------------------------
+# --- shared: read_queries ---------------------------------------------------------------------
 def read_queries(path):
     """One query a line: a text; in a .jsonl or .ndjson an object with a question, query or instruction (and its input),
     or with messages, the last one the user's -> chats, lists of messages, each once."""
@@ -282,9 +282,9 @@ def read_queries(path):
         fail(f"{where}: expected a text in UTF-8, or in a .jsonl rows with a question, query, instruction or messages "
              f"that end with the user's; found {type(e).__name__}: {e}; the model itself asks some: python queries.py")
     return list(chats.values())
+# --- end shared -------------------------------------------------------------------------------
 
-
-# --- shared: torchrun -----------------------------------------------------------------------
+# --- shared: torchrun -------------------------------------------------------------------------
 def torchrun():
     """This process's rank and their number: 0 and 1, but for torchrun. Rank 0 alone answers, prints and saves."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -349,6 +349,11 @@ def main():
         if stage1["messages"] != messages or args.k not in (1, len(stage1["vector"])):
             fail(f"--init {args.init}: it was made for another prompt or another --k; make one with: {maker}")
         start, ae = stage1["vector"].to(mean), stage1["ae"].to(mean)
+    if args.resume:
+        saved = load(args.out, "be", f"{sys.argv[0]}, without --resume", model)
+        asked = saved["messages"], saved.get("trained_on"), saved["config"] | {"resume": True}
+        if asked != (messages, chats, vars(args)) or "run" not in saved:
+            fail(f"--resume: {args.out} holds no run of these settings; give the same ones, or leave --resume out")
     del table
 
     # the data: what the teacher reads and answers, and what the student reads in its place
@@ -373,8 +378,7 @@ def main():
     def held_out_kl(fed, vector):
         """KL from the teacher at tau 1, in nats a token."""
         student = answer_hidden(model, [fed[i] for i in held], [answers[i] for i in held], vector)      # (sum T, d)
-        teacher_h = torch.cat([taught[i] for i in held]).to(student)
-        return HeadKL.apply(student, teacher_h, weight, 1.0).mean().item()
+        return HeadKL.apply(student, torch.cat([taught[i] for i in held]).to(student), weight, 1.0).mean().item()
 
     words = rows[0][:rows[0].index(-1)]                 # L_recon as in stage 1: ... [BE] [AE] s_1 ... s_m
     recon_ids = torch.tensor([words + slot + [-1 - len(start)] * len(ae) + s[:-1]], device=model.device)
@@ -386,10 +390,6 @@ def main():
     none = held_out_kl(empty, be)
     first, best, history = 0, {"kl": held_out_kl(rows, be), "vector": start}, []
     if args.resume:
-        saved = load(args.out, "be", f"{sys.argv[0]}, without --resume", model)
-        asked = saved["messages"], saved.get("trained_on"), saved["config"] | {"resume": True}
-        if asked != (messages, chats, vars(args)) or "run" not in saved:
-            fail(f"--resume: {args.out} holds no run of these settings; give the same ones, or leave --resume out")
         first, best, history = saved["run"]["step"], saved["run"]["best"], saved["history"]
         be.data.copy_(saved["run"]["be"])
         optimizer.load_state_dict(saved["run"]["optimizer"])

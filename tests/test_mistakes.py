@@ -13,8 +13,8 @@ PROMPT, NOISE = ["--prompt", "p.txt"], ["--prompt", "p.txt", "--init", "noise", 
 
 
 def contents(folder):
-    """Every file but the teacher's answers, which any run may use."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "teacher-" not in path.name}
+    """Every file and what is in it."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # --- a model that is not all there, or not of the kind: each is a way to damage a copy of a good folder
