@@ -59,12 +59,10 @@ def load_frozen(name, device="auto"):
     with one line unless it is a whole Llama, Qwen2 or Qwen3 chat model with full attention in every layer."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    dtype = torch.bfloat16 if device == "cuda" or device == "cpu" and native else torch.float32
+    native = device == "cuda" or device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     chat = [{"role": role, "content": f"Be a {role}."} for role in ("system", "user", "assistant", "user")]
     try:
-        local = name.startswith(("models/", ".", "/")) or Path(name).is_dir()       # else the hub is asked for it
-        source = beside(name).resolve(strict=True) if local else name
+        source = beside(name).resolve(strict=True) if name.startswith(("models/", ".", "/")) else name
         config = transformers.AutoConfig.from_pretrained(source)
         kinds = {config.model_type, *(getattr(config, "layer_types", None) or [])}
         if kinds - {"llama", "qwen2", "qwen3", "full_attention"}:
@@ -72,7 +70,7 @@ def load_frozen(name, device="auto"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         joint = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, **TEMPLATE)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+            source, dtype="bfloat16" if native else "float32", attn_implementation="sdpa", output_loading_info=True)
         model = model.to(device).requires_grad_(False).eval()
         ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
         ends = sorted({*ends} - {None})                     # folders disagree on what ends a turn: each of these does
@@ -87,7 +85,10 @@ def load_frozen(name, device="auto"):
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
     factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest has it
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
-    print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
+    sample = [key.encode() + w.flatten()[::997].bfloat16().view(torch.int16).cpu().numpy().tobytes()
+              for key, w in model.named_parameters()]
+    model.fingerprint = hashlib.sha256(b"".join(sample)).hexdigest()        # a vector fits these weights and no others
+    print(f"{name} on {device}, {str(model.dtype)[6:]}, long rows with {model.long_rows}")
     return model, tokenizer
 # --- end shared -------------------------------------------------------------------------------
 
@@ -101,8 +102,7 @@ def embed(model, ids, learned):
 # --- end shared -------------------------------------------------------------------------------
 
 # --- shared: chat_ids -------------------------------------------------------------------------
-# Llama 3 would print today's date, and Qwen3 would think aloud
-TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}
+TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}     # else Llama 3 says today's, Qwen3 thinks aloud
 
 
 def text_ids(tokenizer, text):
@@ -125,21 +125,13 @@ def chat_ids(tokenizer, messages, generate=True):
 # --- end shared -------------------------------------------------------------------------------
 
 # --- shared: artifact -------------------------------------------------------------------------
-def fingerprint(model):
-    """A vector fits the weights it was trained on and no others: a hash over a sample of each of them."""
-    h = hashlib.sha256()
-    for name, w in model.named_parameters():
-        h.update(name.encode() + w.flatten()[::997].bfloat16().view(torch.int16).cpu().numpy().tobytes())
-    return h.hexdigest()
-
-
 def load(path, kind, maker, model=None):
     """A whole artifact of this kind, made for this model; else one line that names the command that makes it."""
     try:
         if zipfile.ZipFile(beside(path)).testzip():         # the zip's own checksums
             raise ValueError("a wrong checksum")
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
-        if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != fingerprint(model):
+        if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint:
             raise ValueError(f"{artifact['kind']} made for the weights of {artifact['model']['name']}")
     except Exception as e:                                  # a damaged file raises many types; each means the same
         fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
@@ -147,11 +139,6 @@ def load(path, kind, maker, model=None):
 # --- end shared -------------------------------------------------------------------------------
 
 # --- shared: pack -----------------------------------------------------------------------------
-def shared_length(rows):
-    """How many ids all rows begin with; each keeps one of its own."""
-    return min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)
-
-
 def pack(rows, n):
     """Rows of ids as ONE sequence: the n ids that all begin with stand once, owned by -1, then the rest of row b, owned
     by b. No padding, and a prompt of thousands of tokens is read once -> ids, positions, owners, each (T,).
@@ -162,38 +149,38 @@ def pack(rows, n):
     return torch.tensor(ids), torch.tensor(positions), torch.tensor(owners)
 
 
-def sees(model, owners, first=0):
-    """The mask of tokens first, first + 1, ...: each sees the shared beginning and its own row, up to itself."""
-    see = ((owners == -1) | (owners == owners[first:, None])).tril(first)                   # (T - first, T)
-    return torch.where(see, 0.0, torch.finfo(model.dtype).min).to(model.device, model.dtype)[None, None]
+def read(model, learned, ids, positions, owners, cache=None):
+    """The last t ids of a pack with owners (T,); those before are in the cache, which these join. Each sees the shared
+    beginning and its own row, up to itself -> their last hidden states (t, d)."""
+    see = ((owners == -1) | (owners == owners[-len(ids):, None])).tril(len(owners) - len(ids))          # (t, T)
+    mask = torch.where(see, 0.0, torch.finfo(model.dtype).min).to(model.device, model.dtype)[None, None]
+    embeds, positions = embed(model, ids[None].to(model.device), learned), positions[None].to(model.device)
+    out = model.get_decoder()(None, mask, positions, cache, embeds, use_cache=cache is not None)
+    return out.last_hidden_state[0]
 
 
 @torch.no_grad()
 def answer(model, rows, learned, limit, pack_tokens=4096):
     """The model's own greedy answers to rows of ids, each up to an end of turn or limit tokens -> lists of ids, and the
     hidden states (T, d) they were chosen from. What all rows begin with, the prompt, is read once for all packs."""
-    def read(ids, positions, cache, mask=None):
-        """More tokens (T,) after those in the cache, whose keys and values join it -> last hidden states (T, d)."""
-        embeds = embed(model, ids[None].to(model.device), learned)      # by place: the cache's keyword changes its name
-        return body(None, mask, positions[None].to(model.device), cache, embeds).last_hidden_state[0]
-
-    body, weight, stop = model.get_decoder(), model.get_output_embeddings().weight, model.generation_config.eos_token_id
-    n, beginning, answers, hidden = shared_length(rows), transformers.DynamicCache(), [], []
+    weight, stop = model.get_output_embeddings().weight, torch.tensor(model.generation_config.eos_token_id)
+    n = min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)       # each row keeps an id of its own
+    beginning, answers, hidden = transformers.DynamicCache(), [], []
     if n:
-        read(torch.tensor(rows[0][:n]), torch.arange(n), beginning)
+        read(model, learned, *pack([rows[0][:n]], n), beginning)
     size = max(1, pack_tokens // (max(map(len, rows)) - n + limit))         # attention costs the square of a pack
     for part in tqdm([rows[i:i + size] for i in range(0, len(rows), size)], desc="answers", leave=False):
         ids, positions, owners = pack(part, n)
         end, cache, said, states = torch.tensor([len(row) for row in part]), copy.deepcopy(beginning), [], []
-        h = read(ids[n:], positions[n:], cache, sees(model, owners, n))[(end - n).cumsum(0) - 1]        # (B, d)
+        h = read(model, learned, ids[n:], positions[n:], owners, cache)[(end - n).cumsum(0) - 1]        # (B, d)
         while True:
             states.append(h)
             said.append((h @ weight.T).argmax(-1).cpu())                                                # (B,)
-            ended = torch.isin(torch.stack(said, 1), torch.tensor(stop))                                # (B, t)
+            ended = torch.isin(torch.stack(said, 1), stop)                                              # (B, t)
             if len(said) >= limit or ended.any(1).all():
                 break
             owners = torch.cat([owners, torch.arange(len(part))])
-            h = read(said[-1], end + len(said) - 1, cache, sees(model, owners, len(owners) - len(part)))
+            h = read(model, learned, said[-1], end + len(said) - 1, owners, cache)
         for tokens, h, e in zip(torch.stack(said, 1).tolist(), torch.stack(states, 1).cpu(), ended):
             length = int(e.int().argmax()) + 1 if e.any() else len(tokens)
             answers.append(tokens[:length])
@@ -237,14 +224,12 @@ def summarise(rows, right, full):
     centre, half = k + z * z / 2, z * math.sqrt(k * (n - k) / n + z * z / 4)
     # a question's difference is -1, 1 or 0, so questions drawn anew are counts drawn from a multinomial
     drawn = np.random.default_rng(0).multinomial(n, [lost / n, won / n, (n - lost - won) / n], size=10_000)
-    # McNemar, exact: where the two differ, how often does a fair coin fall at least so far from the middle?
-    tail = sum(math.comb(lost + won, i) for i in range(min(lost, won) + 1))
     line = {"accuracy": k / n, "correct": k, "n": n,
             "accuracy_95": [max(0.0, (centre - half) / (n + z * z)), min(1.0, (centre + half) / (n + z * z))],
             "no_number": sum(r["predicted"] is None for r in rows), "cut": sum(r["cut"] for r in rows),
             "minus_full": (won - lost) / n,
             "minus_full_95": np.quantile((drawn[:, 1] - drawn[:, 0]) / n, [0.025, 0.975]).tolist(),
-            "full_alone": lost, "it_alone": won, "mcnemar_p": min(1.0, 2 * tail / 2 ** (lost + won)),
+            "full_alone": lost, "it_alone": won,
             "retention": k / sum(full) if any(full) else None}
     return line | {key: sum(r[key] for r in rows) / n for key in ("context_tokens", "new_tokens", "seconds")}
 
@@ -269,20 +254,20 @@ def main():
 
     # what stands before the question in each condition; and each answer's key, a hash of all that decides it but for
     # rounding and the limit: an answer that ended by itself is the same under any limit that it fits in
-    starts, keys = {"full prompt": messages}, {}
+    starts, decides, keys = {"full prompt": messages}, {"full prompt": messages, "no prompt": []}, {}
     for path, be in artifacts.items():
-        starts[path] = hashlib.sha256(be["vector"].numpy().tobytes()).hexdigest()
+        starts[path] = [{"role": "system", "content": [-1 - i for i in range(len(be["vector"]))]}]
+        decides[path] = hashlib.sha256(be["vector"].numpy().tobytes()).hexdigest()
     starts["no prompt"] = []
-    for name, start in starts.items():
-        parts = [json.dumps([made_for["fingerprint"], start, turns]) for turns in asked]
+    for name in starts:
+        parts = [json.dumps([made_for["fingerprint"], decides[name], turns]) for turns in asked]
         keys[name] = [hashlib.sha256(part.encode()).hexdigest() for part in parts]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a+", encoding="utf-8") as file:      # the place is tried before the work, not after it
             file.seek(0)
-            lines = file.read().splitlines()
-        rows = [json.loads(line) for line in lines]
-        done = {r["key"]: r for r in rows if r["new_tokens"] == limit or r["new_tokens"] < limit and not r["cut"]}
+            kept = [json.loads(line) for line in file]
+        done = {r["key"]: r for r in kept if r["new_tokens"] == limit or r["new_tokens"] < limit and not r["cut"]}
     except (OSError, ValueError, KeyError, TypeError) as e:
         fail(f"--out {out}: expected a place to write to, or the answers of an earlier run: {e}; give another --out")
     missing = sum(key not in done for name in keys for key in keys[name])
@@ -292,11 +277,7 @@ def main():
         model, tokenizer = load_frozen(args.model or made_for["name"], args.device)
         load(args.be[0], "be", maker, model)
         tokenizer.model_max_length -= limit                 # so that chat_ids leaves room for the answer
-        fed = {"full prompt": [chat_ids(tokenizer, messages + turns) for turns in asked],
-               "no prompt": [chat_ids(tokenizer, turns) for turns in asked]}
-        for path, be in artifacts.items():
-            slot = [-1 - i for i in range(len(be["vector"]))]
-            fed[path] = [chat_ids(tokenizer, [{"role": "system", "content": slot}] + turns) for turns in asked]
+        fed = {name: [chat_ids(tokenizer, start + turns) for turns in asked] for name, start in starts.items()}
 
         # a few questions in all conditions, then the next few
         steps = [(at, name) for at in range(0, len(asked), args.batch) for name in starts]
@@ -314,21 +295,20 @@ def main():
                        "cut": ids[-1] not in model.generation_config.eos_token_id, "new_tokens": len(ids),
                        "context_tokens": len(fed[name][i]), "seconds": seconds}
                 done[row["key"]] = row
-                lines.append(json.dumps(row))
-            Path(f"{out}.tmp").write_text("\n".join(lines) + "\n")          # renamed: a kill leaves no half row
+                kept.append(row)
+            Path(f"{out}.tmp").write_text("".join(json.dumps(row) + "\n" for row in kept))  # a kill leaves no half row
             os.replace(f"{out}.tmp", out)
 
     table, full = {}, None
-    print("accuracy  95%           no number  cut  minus full  95%            McNemar p    kept  context  new     s")
+    print("accuracy  95%           no number  cut  minus full  95%                 kept  context  new     s")
     for name in starts:
         rows = [done[key] | {"predicted": predicted_number(done[key]["answer"])} for key in keys[name]]
         right = [row["predicted"] == number for row, number in zip(rows, gold)]
         full = full or right                                # the full prompt comes first
         table[name] = t = summarise(rows, right, full)
         low, high, less, more = (f"{100 * x:.1f}" for x in t["accuracy_95"] + t["minus_full_95"])
-        kept = "-" if t["retention"] is None else f"{t['retention']:.1%}"
         print(f"{t['accuracy']:8.1%}  {low} to {high:5}  {t['no_number']:9}  {t['cut']:3}  {t['minus_full']:+10.1%}  "
-              f"{less:>5} to {more:5} {t['mcnemar_p']:9.3g}  {kept:>6}  {t['context_tokens']:7.0f}  "
+              f"{less:>5} to {more:5}  {t['retention'] or math.nan:6.1%}  {t['context_tokens']:7.0f}  "
               f"{t['new_tokens']:3.0f}  {t['seconds']:4.1f}  {name}")
     Path(f"{out}.tmp").write_text(json.dumps({"table": table, "model": made_for, "config": vars(args)}, indent=1))
     os.replace(f"{out}.tmp", out.with_suffix(".json"))

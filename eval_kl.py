@@ -10,7 +10,7 @@
 Expect   prompts/pirate.txt, 40 test queries, two CPU cores: a minute, 0.63 of the gap closed.
 The full prompt's own row is 0.0000 in fp32 and about 0.001 in bf16: that much is rounding.
 """
-import argparse, copy, hashlib, json, os, re, shlex, sys, zipfile
+import argparse, copy, hashlib, json, os, re, sys, zipfile
 from pathlib import Path
 
 import torch
@@ -49,12 +49,10 @@ def load_frozen(name, device="auto"):
     with one line unless it is a whole Llama, Qwen2 or Qwen3 chat model with full attention in every layer."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    dtype = torch.bfloat16 if device == "cuda" or device == "cpu" and native else torch.float32
+    native = device == "cuda" or device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     chat = [{"role": role, "content": f"Be a {role}."} for role in ("system", "user", "assistant", "user")]
     try:
-        local = name.startswith(("models/", ".", "/")) or Path(name).is_dir()       # else the hub is asked for it
-        source = beside(name).resolve(strict=True) if local else name
+        source = beside(name).resolve(strict=True) if name.startswith(("models/", ".", "/")) else name
         config = transformers.AutoConfig.from_pretrained(source)
         kinds = {config.model_type, *(getattr(config, "layer_types", None) or [])}
         if kinds - {"llama", "qwen2", "qwen3", "full_attention"}:
@@ -62,7 +60,7 @@ def load_frozen(name, device="auto"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         joint = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, **TEMPLATE)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+            source, dtype="bfloat16" if native else "float32", attn_implementation="sdpa", output_loading_info=True)
         model = model.to(device).requires_grad_(False).eval()
         ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
         ends = sorted({*ends} - {None})                     # folders disagree on what ends a turn: each of these does
@@ -77,7 +75,10 @@ def load_frozen(name, device="auto"):
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
     factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest has it
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
-    print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
+    sample = [key.encode() + w.flatten()[::997].bfloat16().view(torch.int16).cpu().numpy().tobytes()
+              for key, w in model.named_parameters()]
+    model.fingerprint = hashlib.sha256(b"".join(sample)).hexdigest()        # a vector fits these weights and no others
+    print(f"{name} on {device}, {str(model.dtype)[6:]}, long rows with {model.long_rows}")
     return model, tokenizer
 # --- end shared -------------------------------------------------------------------------------
 
@@ -91,8 +92,7 @@ def embed(model, ids, learned):
 # --- end shared -------------------------------------------------------------------------------
 
 # --- shared: chat_ids -------------------------------------------------------------------------
-# Llama 3 would print today's date, and Qwen3 would think aloud
-TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}
+TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}     # else Llama 3 says today's, Qwen3 thinks aloud
 
 
 def text_ids(tokenizer, text):
@@ -115,21 +115,13 @@ def chat_ids(tokenizer, messages, generate=True):
 # --- end shared -------------------------------------------------------------------------------
 
 # --- shared: artifact -------------------------------------------------------------------------
-def fingerprint(model):
-    """A vector fits the weights it was trained on and no others: a hash over a sample of each of them."""
-    h = hashlib.sha256()
-    for name, w in model.named_parameters():
-        h.update(name.encode() + w.flatten()[::997].bfloat16().view(torch.int16).cpu().numpy().tobytes())
-    return h.hexdigest()
-
-
 def load(path, kind, maker, model=None):
     """A whole artifact of this kind, made for this model; else one line that names the command that makes it."""
     try:
         if zipfile.ZipFile(beside(path)).testzip():         # the zip's own checksums
             raise ValueError("a wrong checksum")
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
-        if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != fingerprint(model):
+        if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint:
             raise ValueError(f"{artifact['kind']} made for the weights of {artifact['model']['name']}")
     except Exception as e:                                  # a damaged file raises many types; each means the same
         fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
@@ -137,11 +129,6 @@ def load(path, kind, maker, model=None):
 # --- end shared -------------------------------------------------------------------------------
 
 # --- shared: pack -----------------------------------------------------------------------------
-def shared_length(rows):
-    """How many ids all rows begin with; each keeps one of its own."""
-    return min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)
-
-
 def pack(rows, n):
     """Rows of ids as ONE sequence: the n ids that all begin with stand once, owned by -1, then the rest of row b, owned
     by b. No padding, and a prompt of thousands of tokens is read once -> ids, positions, owners, each (T,).
@@ -152,38 +139,38 @@ def pack(rows, n):
     return torch.tensor(ids), torch.tensor(positions), torch.tensor(owners)
 
 
-def sees(model, owners, first=0):
-    """The mask of tokens first, first + 1, ...: each sees the shared beginning and its own row, up to itself."""
-    see = ((owners == -1) | (owners == owners[first:, None])).tril(first)                   # (T - first, T)
-    return torch.where(see, 0.0, torch.finfo(model.dtype).min).to(model.device, model.dtype)[None, None]
+def read(model, learned, ids, positions, owners, cache=None):
+    """The last t ids of a pack with owners (T,); those before are in the cache, which these join. Each sees the shared
+    beginning and its own row, up to itself -> their last hidden states (t, d)."""
+    see = ((owners == -1) | (owners == owners[-len(ids):, None])).tril(len(owners) - len(ids))          # (t, T)
+    mask = torch.where(see, 0.0, torch.finfo(model.dtype).min).to(model.device, model.dtype)[None, None]
+    embeds, positions = embed(model, ids[None].to(model.device), learned), positions[None].to(model.device)
+    out = model.get_decoder()(None, mask, positions, cache, embeds, use_cache=cache is not None)
+    return out.last_hidden_state[0]
 
 
 @torch.no_grad()
 def answer(model, rows, learned, limit, pack_tokens=4096):
     """The model's own greedy answers to rows of ids, each up to an end of turn or limit tokens -> lists of ids, and the
     hidden states (T, d) they were chosen from. What all rows begin with, the prompt, is read once for all packs."""
-    def read(ids, positions, cache, mask=None):
-        """More tokens (T,) after those in the cache, whose keys and values join it -> last hidden states (T, d)."""
-        embeds = embed(model, ids[None].to(model.device), learned)      # by place: the cache's keyword changes its name
-        return body(None, mask, positions[None].to(model.device), cache, embeds).last_hidden_state[0]
-
-    body, weight, stop = model.get_decoder(), model.get_output_embeddings().weight, model.generation_config.eos_token_id
-    n, beginning, answers, hidden = shared_length(rows), transformers.DynamicCache(), [], []
+    weight, stop = model.get_output_embeddings().weight, torch.tensor(model.generation_config.eos_token_id)
+    n = min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)       # each row keeps an id of its own
+    beginning, answers, hidden = transformers.DynamicCache(), [], []
     if n:
-        read(torch.tensor(rows[0][:n]), torch.arange(n), beginning)
+        read(model, learned, *pack([rows[0][:n]], n), beginning)
     size = max(1, pack_tokens // (max(map(len, rows)) - n + limit))         # attention costs the square of a pack
     for part in tqdm([rows[i:i + size] for i in range(0, len(rows), size)], desc="answers", leave=False):
         ids, positions, owners = pack(part, n)
         end, cache, said, states = torch.tensor([len(row) for row in part]), copy.deepcopy(beginning), [], []
-        h = read(ids[n:], positions[n:], cache, sees(model, owners, n))[(end - n).cumsum(0) - 1]        # (B, d)
+        h = read(model, learned, ids[n:], positions[n:], owners, cache)[(end - n).cumsum(0) - 1]        # (B, d)
         while True:
             states.append(h)
             said.append((h @ weight.T).argmax(-1).cpu())                                                # (B,)
-            ended = torch.isin(torch.stack(said, 1), torch.tensor(stop))                                # (B, t)
+            ended = torch.isin(torch.stack(said, 1), stop)                                              # (B, t)
             if len(said) >= limit or ended.any(1).all():
                 break
             owners = torch.cat([owners, torch.arange(len(part))])
-            h = read(said[-1], end + len(said) - 1, cache, sees(model, owners, len(owners) - len(part)))
+            h = read(model, learned, said[-1], end + len(said) - 1, owners, cache)
         for tokens, h, e in zip(torch.stack(said, 1).tolist(), torch.stack(states, 1).cpu(), ended):
             length = int(e.int().argmax()) + 1 if e.any() else len(tokens)
             answers.append(tokens[:length])
@@ -194,17 +181,13 @@ def answer(model, rows, learned, limit, pack_tokens=4096):
 # --- shared: answer_hidden --------------------------------------------------------------------
 def answer_hidden(model, rows, answers, learned):
     """The last hidden states that predict the tokens of the answers, row after row -> (sum of T, d)."""
-    full = [row + a[:-1] for row, a in zip(rows, answers)]
-    n = shared_length(rows)                                 # of the rows: two rows may be given the same answer
-    if len(rows) > 1 and sum(len(f) - n for f in full) > 4096:              # attention costs the square of a pack
-        parts = slice(None, len(rows) // 2), slice(len(rows) // 2, None)
-        return torch.cat([answer_hidden(model, rows[part], answers[part], learned) for part in parts])
-    ids, positions, owners = pack(full, n)
-    ends = n + torch.tensor([len(f) - n for f in full]).cumsum(0)
-    at = torch.cat([torch.arange(e - len(a), e) for e, a in zip(ends, answers)])
-    out = model.get_decoder()(inputs_embeds=embed(model, ids[None].to(model.device), learned), use_cache=False,
-                              position_ids=positions[None].to(model.device), attention_mask=sees(model, owners))
-    return out.last_hidden_state[0, at]
+    n = min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)
+    ids, positions, owners = pack([row + a[:-1] for row, a in zip(rows, answers)], n)
+    if len(rows) > 1 and len(ids) - n > 4096:                               # attention costs the square of a pack
+        halves = slice(None, len(rows) // 2), slice(len(rows) // 2, None)
+        return torch.cat([answer_hidden(model, rows[half], answers[half], learned) for half in halves])
+    last = torch.tensor([len(row) - 1 for row in rows])     # a row's last id predicts its answer's first token
+    return read(model, learned, ids, positions, owners)[(owners >= 0) & (positions >= last[owners])]
 # --- end shared -------------------------------------------------------------------------------
 
 # --- shared: read_queries ---------------------------------------------------------------------
@@ -217,9 +200,8 @@ def read_queries(path):
             where = f"{path}, line {number}, {line[:60]!r}"
             if not line.strip():
                 continue
-            row = {"query": line}
-            if Path(path).suffix.lower() != ".txt" or re.match(r'\s*[\[{]\s*([\[{"]|$)', line):       # by its content
-                row = json.loads(line)
+            is_json = Path(path).suffix.lower() != ".txt" or re.match(r'\s*[\[{]\s*([\[{"]|$)', line)
+            row = json.loads(line) if is_json else {"query": line}
             texts = [row[key] for key in ("question", "query", "instruction", "input") if row.get(key)]
             turns = row.get("messages") or [{"role": "user", "content": "\n\n".join(texts)}]
             turns = [{"role": m["role"], "content": m["content"].strip()} for m in turns]
@@ -235,75 +217,63 @@ def read_queries(path):
 
 
 @torch.no_grad()
-def measure(model, rows, answers, target, learned):
-    """The model reads rows[i] and answers[i]; target[i] (T, d) is the teacher's last hidden states -> (2, Q): of each
-    query KL at tau 1, in nats, and how often top-1 is the same, both summed over the tokens of its answer."""
-    weight, scores = model.get_output_embeddings().weight, []                               # (V, d)
-    hidden = answer_hidden(model, rows, answers, learned)                                   # (sum of T, d)
-    for s, t in zip(hidden.split([len(t) for t in target]), target):        # one by one, as (T, V) may be 100 MB
-        logp, logq = (F.log_softmax((h.to(weight) @ weight.T).float(), -1) for h in (s, t))
-        kl = F.kl_div(logp, logq, reduction="sum", log_target=True)
-        scores.append([max(0.0, kl.item()), (logp.argmax(-1) == logq.argmax(-1)).sum().item()])
-    return torch.tensor(scores).T
-
-
 def main():
     args = settings()
-    sys.stdout.reconfigure(errors="replace")                # a query may hold letters that this terminal lacks
     artifact = load(args.be, "be", "python stage2_kd.py --prompt PROMPT")
-    config, messages = artifact["config"], artifact["messages"]
     args.model = args.model or artifact["model"]["name"]
-    args.answer_tokens = args.answer_tokens or config.get("answer_tokens", 32)              # stage 1 has no answers
+    args.answer_tokens = args.answer_tokens or artifact["config"].get("answer_tokens", 32)  # stage 1 has no answers
     args.out = args.out or str(beside(args.be).with_suffix(".kl.json"))
-    args.queries = args.queries or re.sub(r"\.(txt|json|md)$", "", config["prompt"]) + ".test.txt"
+    args.queries = args.queries or re.sub(r"\.(txt|json|md)$", "", artifact["config"]["prompt"]) + ".test.txt"
     asked = read_queries(args.queries)
     chats = [chat for chat in asked if chat not in artifact.get("trained_on", [])]
-    left_out = len(asked) - len(chats) if "trained_on" in artifact else "an unknown number"
-    print(f"{args.queries}: {len(chats)} test queries; {left_out} left out, on which [BE] was trained")
-    if not chats:
-        fail(f"--queries {args.queries}: expected queries that [BE] was not trained on, found none; give others")
+    print(f"{args.queries}: {len(chats)} test queries; {len(asked) - len(chats)} left out, as {args.be} names them")
+    if len(chats) < 2:
+        fail(f"--queries {args.queries}: expected two or more that [BE] was not trained on, found {len(chats)}")
+    if not os.access(Path(args.out).parent, os.W_OK):
+        fail(f"--out {args.out}: expected a folder that can be written to, found none; give another --out")
     model, tokenizer = load_frozen(args.model, args.device)
     load(args.be, "be", "python stage2_kd.py --prompt PROMPT", model)
-    try:                                                    # the place is tried before the work, not after it
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        open(f"{args.out}.tmp", "w").close()
-    except OSError as e:
-        fail(f"--out {args.out}: cannot be written: {e}; give another --out")
 
     # what is fed: the prompt or, in its place, [BE]; nothing; the noise that a [BE] begins as; the prompt's beginning
-    table, k = model.get_input_embeddings().weight.float(), len(artifact["vector"])
-    noise = torch.randn(k, table.shape[1], generator=torch.Generator().manual_seed(1)).to(table)
-    learned = torch.cat([artifact["vector"].to(table), table.mean(0) + table.std(0) * noise])           # (2k, d)
+    table, weight = model.get_input_embeddings().weight.float(), model.get_output_embeddings().weight   # (V, d) both
+    k, generator = len(artifact["vector"]), torch.Generator().manual_seed(1)
+    noise = table.mean(0) + table.std(0) * torch.randn(k, table.shape[1], generator=generator).to(table)
+    learned = torch.cat([artifact["vector"].to(table), noise])                                          # (2k, d)
     slots = {"[BE]": [-1 - i for i in range(k)], "no prompt": [], "random vector": [-1 - i for i in range(k, 2 * k)],
-             "prompt cut to k tokens": text_ids(tokenizer, messages[0]["content"])[:k]}
-    fed = {"full prompt": [chat_ids(tokenizer, messages + chat) for chat in chats]}
+             "prompt cut to k tokens": text_ids(tokenizer, artifact["messages"][0]["content"])[:k]}
+    fed = {"full prompt": [chat_ids(tokenizer, artifact["messages"] + chat) for chat in chats]}
     for name, slot in slots.items():
         fed[name] = [chat_ids(tokenizer, [{"role": "system", "content": slot}] + chat) for chat in chats]
     fed["default system prompt"] = [chat_ids(tokenizer, chat) for chat in chats]
 
     # the teacher answers; whatever stands in the prompt's place, the model then reads these answers
-    answers, target = answer(model, fed["full prompt"], learned, args.answer_tokens)
-    scores = {name: measure(model, rows, answers, target, learned) for name, rows in tqdm(fed.items(), leave=False)}
+    answers, target = answer(model, fed["full prompt"], learned, args.answer_tokens)                    # (T, d) each
+    scores = {}                                             # (2, n): KL at tau 1 and same top-1, summed over an answer
+    for name, rows in tqdm(fed.items(), leave=False):
+        scores[name] = torch.zeros(2, len(chats))
+        hidden = answer_hidden(model, rows, answers, learned).split([len(a) for a in answers])          # (T, d) each
+        for i, states in enumerate(zip(target, hidden)):    # one by one, as (T, V) may be 100 MB
+            logp, logq = (F.log_softmax((h.to(weight) @ weight.T).float(), -1) for h in states)
+            scores[name][0, i] = F.kl_div(logq, logp, reduction="sum", log_target=True).clamp(min=0)
+            scores[name][1, i] = (logp.argmax(-1) == logq.argmax(-1)).sum()
+
     n, tokens, (none, _) = len(chats), sum(map(len, answers)), scores["no prompt"]
-    draws = torch.randint(n, (1000, n), generator=torch.Generator().manual_seed(0))
+    controls, draws = {}, torch.randint(n, (1000, n), generator=torch.Generator().manual_seed(0))
     print(f"\n{n} test queries, {tokens} answer tokens, k = {k}; KL in nats a token, 95% interval over queries\n")
     print(f"{'':24s}{'KL':>8s}{'top-1':>8s}{'gap closed':>12s}{'95%':>18s}{'tokens fed':>12s}")
-    controls = {}
     for name, (kl, same) in scores.items():
         gaps = 1 - kl[draws].sum(1) / none[draws].sum(1)                                                # (1000,)
         low, high = (gaps.quantile(q).item() for q in (0.025, 0.975))
-        controls[name] = row = {
+        controls[name] = r = {
             "kl": kl.sum().item() / tokens, "top1": same.sum().item() / tokens,
-            "gap_closed": 1 - (kl.sum() / none.sum()).item(), "gap_closed_95": [low, high] if n > 1 else None,
+            "gap_closed": 1 - (kl.sum() / none.sum()).item(), "gap_closed_95": [low, high],
             "tokens": sum(map(len, fed[name])) / n, "kl_by_query": kl.tolist()}
-        interval = f"{low:.3f} to {high:.3f}" if n > 1 else "-"
-        print("{:24s}{kl:8.4f}{top1:8.1%}{gap_closed:12.3f}{:>18s}{tokens:12.0f}".format(name, interval, **row))
+        print("{:24}{kl:8.4f}{top1:8.1%}{gap_closed:12.3f}{:9.3f} to {:.3f}{tokens:12.0f}".format(name, low, high, **r))
 
     found = {"settings": vars(args), "n": n, "answer_tokens": tokens, "queries": chats, "controls": controls}
     Path(f"{args.out}.tmp").write_text(json.dumps(found, indent=1), encoding="utf-8")
     os.replace(f"{args.out}.tmp", args.out)
-    ask = ["python", "infer.py", "--be", args.be, "--compare", "--query", chats[0][-1]["content"]]
-    print(f"\nwrote {args.out}\nnext: {shlex.join(ask)}")
+    print(f"\nwrote {args.out}\nnext: python infer.py --be {args.be} --compare --query \"...\"")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@
 Answers are kept beside --out, each under a hash of all that decides it: a killed run goes on. A judge's win rate over
 them: results/judge.py.
 """
-import argparse, copy, hashlib, json, os, re, sys, types, zipfile
+import argparse, copy, hashlib, json, math, os, re, sys, types, zipfile
 from pathlib import Path
 
 import torch
@@ -59,12 +59,10 @@ def load_frozen(name, device="auto"):
     with one line unless it is a whole Llama, Qwen2 or Qwen3 chat model with full attention in every layer."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    dtype = torch.bfloat16 if device == "cuda" or device == "cpu" and native else torch.float32
+    native = device == "cuda" or device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     chat = [{"role": role, "content": f"Be a {role}."} for role in ("system", "user", "assistant", "user")]
     try:
-        local = name.startswith(("models/", ".", "/")) or Path(name).is_dir()       # else the hub is asked for it
-        source = beside(name).resolve(strict=True) if local else name
+        source = beside(name).resolve(strict=True) if name.startswith(("models/", ".", "/")) else name
         config = transformers.AutoConfig.from_pretrained(source)
         kinds = {config.model_type, *(getattr(config, "layer_types", None) or [])}
         if kinds - {"llama", "qwen2", "qwen3", "full_attention"}:
@@ -72,7 +70,7 @@ def load_frozen(name, device="auto"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         joint = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, **TEMPLATE)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+            source, dtype="bfloat16" if native else "float32", attn_implementation="sdpa", output_loading_info=True)
         model = model.to(device).requires_grad_(False).eval()
         ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
         ends = sorted({*ends} - {None})                     # folders disagree on what ends a turn: each of these does
@@ -87,7 +85,10 @@ def load_frozen(name, device="auto"):
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
     factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest has it
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
-    print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
+    sample = [key.encode() + w.flatten()[::997].bfloat16().view(torch.int16).cpu().numpy().tobytes()
+              for key, w in model.named_parameters()]
+    model.fingerprint = hashlib.sha256(b"".join(sample)).hexdigest()        # a vector fits these weights and no others
+    print(f"{name} on {device}, {str(model.dtype)[6:]}, long rows with {model.long_rows}")
     return model, tokenizer
 # --- end shared -------------------------------------------------------------------------------
 
@@ -101,8 +102,7 @@ def embed(model, ids, learned):
 # --- end shared -------------------------------------------------------------------------------
 
 # --- shared: chat_ids -------------------------------------------------------------------------
-# Llama 3 would print today's date, and Qwen3 would think aloud
-TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}
+TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}     # else Llama 3 says today's, Qwen3 thinks aloud
 
 
 def text_ids(tokenizer, text):
@@ -125,21 +125,13 @@ def chat_ids(tokenizer, messages, generate=True):
 # --- end shared -------------------------------------------------------------------------------
 
 # --- shared: artifact -------------------------------------------------------------------------
-def fingerprint(model):
-    """A vector fits the weights it was trained on and no others: a hash over a sample of each of them."""
-    h = hashlib.sha256()
-    for name, w in model.named_parameters():
-        h.update(name.encode() + w.flatten()[::997].bfloat16().view(torch.int16).cpu().numpy().tobytes())
-    return h.hexdigest()
-
-
 def load(path, kind, maker, model=None):
     """A whole artifact of this kind, made for this model; else one line that names the command that makes it."""
     try:
         if zipfile.ZipFile(beside(path)).testzip():         # the zip's own checksums
             raise ValueError("a wrong checksum")
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
-        if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != fingerprint(model):
+        if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint:
             raise ValueError(f"{artifact['kind']} made for the weights of {artifact['model']['name']}")
     except Exception as e:                                  # a damaged file raises many types; each means the same
         fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
@@ -147,11 +139,6 @@ def load(path, kind, maker, model=None):
 # --- end shared -------------------------------------------------------------------------------
 
 # --- shared: pack -----------------------------------------------------------------------------
-def shared_length(rows):
-    """How many ids all rows begin with; each keeps one of its own."""
-    return min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)
-
-
 def pack(rows, n):
     """Rows of ids as ONE sequence: the n ids that all begin with stand once, owned by -1, then the rest of row b, owned
     by b. No padding, and a prompt of thousands of tokens is read once -> ids, positions, owners, each (T,).
@@ -162,38 +149,38 @@ def pack(rows, n):
     return torch.tensor(ids), torch.tensor(positions), torch.tensor(owners)
 
 
-def sees(model, owners, first=0):
-    """The mask of tokens first, first + 1, ...: each sees the shared beginning and its own row, up to itself."""
-    see = ((owners == -1) | (owners == owners[first:, None])).tril(first)                   # (T - first, T)
-    return torch.where(see, 0.0, torch.finfo(model.dtype).min).to(model.device, model.dtype)[None, None]
+def read(model, learned, ids, positions, owners, cache=None):
+    """The last t ids of a pack with owners (T,); those before are in the cache, which these join. Each sees the shared
+    beginning and its own row, up to itself -> their last hidden states (t, d)."""
+    see = ((owners == -1) | (owners == owners[-len(ids):, None])).tril(len(owners) - len(ids))          # (t, T)
+    mask = torch.where(see, 0.0, torch.finfo(model.dtype).min).to(model.device, model.dtype)[None, None]
+    embeds, positions = embed(model, ids[None].to(model.device), learned), positions[None].to(model.device)
+    out = model.get_decoder()(None, mask, positions, cache, embeds, use_cache=cache is not None)
+    return out.last_hidden_state[0]
 
 
 @torch.no_grad()
 def answer(model, rows, learned, limit, pack_tokens=4096):
     """The model's own greedy answers to rows of ids, each up to an end of turn or limit tokens -> lists of ids, and the
     hidden states (T, d) they were chosen from. What all rows begin with, the prompt, is read once for all packs."""
-    def read(ids, positions, cache, mask=None):
-        """More tokens (T,) after those in the cache, whose keys and values join it -> last hidden states (T, d)."""
-        embeds = embed(model, ids[None].to(model.device), learned)      # by place: the cache's keyword changes its name
-        return body(None, mask, positions[None].to(model.device), cache, embeds).last_hidden_state[0]
-
-    body, weight, stop = model.get_decoder(), model.get_output_embeddings().weight, model.generation_config.eos_token_id
-    n, beginning, answers, hidden = shared_length(rows), transformers.DynamicCache(), [], []
+    weight, stop = model.get_output_embeddings().weight, torch.tensor(model.generation_config.eos_token_id)
+    n = min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)       # each row keeps an id of its own
+    beginning, answers, hidden = transformers.DynamicCache(), [], []
     if n:
-        read(torch.tensor(rows[0][:n]), torch.arange(n), beginning)
+        read(model, learned, *pack([rows[0][:n]], n), beginning)
     size = max(1, pack_tokens // (max(map(len, rows)) - n + limit))         # attention costs the square of a pack
     for part in tqdm([rows[i:i + size] for i in range(0, len(rows), size)], desc="answers", leave=False):
         ids, positions, owners = pack(part, n)
         end, cache, said, states = torch.tensor([len(row) for row in part]), copy.deepcopy(beginning), [], []
-        h = read(ids[n:], positions[n:], cache, sees(model, owners, n))[(end - n).cumsum(0) - 1]        # (B, d)
+        h = read(model, learned, ids[n:], positions[n:], owners, cache)[(end - n).cumsum(0) - 1]        # (B, d)
         while True:
             states.append(h)
             said.append((h @ weight.T).argmax(-1).cpu())                                                # (B,)
-            ended = torch.isin(torch.stack(said, 1), torch.tensor(stop))                                # (B, t)
+            ended = torch.isin(torch.stack(said, 1), stop)                                              # (B, t)
             if len(said) >= limit or ended.any(1).all():
                 break
             owners = torch.cat([owners, torch.arange(len(part))])
-            h = read(said[-1], end + len(said) - 1, cache, sees(model, owners, len(owners) - len(part)))
+            h = read(model, learned, said[-1], end + len(said) - 1, owners, cache)
         for tokens, h, e in zip(torch.stack(said, 1).tolist(), torch.stack(states, 1).cpu(), ended):
             length = int(e.int().argmax()) + 1 if e.any() else len(tokens)
             answers.append(tokens[:length])
@@ -204,17 +191,13 @@ def answer(model, rows, learned, limit, pack_tokens=4096):
 # --- shared: answer_hidden --------------------------------------------------------------------
 def answer_hidden(model, rows, answers, learned):
     """The last hidden states that predict the tokens of the answers, row after row -> (sum of T, d)."""
-    full = [row + a[:-1] for row, a in zip(rows, answers)]
-    n = shared_length(rows)                                 # of the rows: two rows may be given the same answer
-    if len(rows) > 1 and sum(len(f) - n for f in full) > 4096:              # attention costs the square of a pack
-        parts = slice(None, len(rows) // 2), slice(len(rows) // 2, None)
-        return torch.cat([answer_hidden(model, rows[part], answers[part], learned) for part in parts])
-    ids, positions, owners = pack(full, n)
-    ends = n + torch.tensor([len(f) - n for f in full]).cumsum(0)
-    at = torch.cat([torch.arange(e - len(a), e) for e, a in zip(ends, answers)])
-    out = model.get_decoder()(inputs_embeds=embed(model, ids[None].to(model.device), learned), use_cache=False,
-                              position_ids=positions[None].to(model.device), attention_mask=sees(model, owners))
-    return out.last_hidden_state[0, at]
+    n = min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)
+    ids, positions, owners = pack([row + a[:-1] for row, a in zip(rows, answers)], n)
+    if len(rows) > 1 and len(ids) - n > 4096:                               # attention costs the square of a pack
+        halves = slice(None, len(rows) // 2), slice(len(rows) // 2, None)
+        return torch.cat([answer_hidden(model, rows[half], answers[half], learned) for half in halves])
+    last = torch.tensor([len(row) - 1 for row in rows])     # a row's last id predicts its answer's first token
+    return read(model, learned, ids, positions, owners)[(owners >= 0) & (positions >= last[owners])]
 # --- end shared -------------------------------------------------------------------------------
 
 
@@ -241,20 +224,6 @@ def read_roles(args):
     return roles
 
 
-def kept(path):
-    """The rows of earlier runs by their key, and the file for new ones. The half line of a killed run is cut off."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="utf-8", newline="\n")
-        file.seek(0)
-        whole, newline, _ = file.read().rpartition("\n")
-        rows = {row["key"]: row for row in map(json.loads, whole.splitlines())}
-        file.truncate(len(whole + newline))
-    except Exception as e:
-        fail(f"{path}: expected rows of an earlier run, or a place for new ones: {e}; give another --out")
-    return rows, file
-
-
 def interval(top, bottom):
     """95% bootstrap interval, over roles, of sum(top) / sum(bottom); None for one role."""
     top, bottom = torch.tensor([top, bottom], dtype=torch.float64)
@@ -267,9 +236,16 @@ def interval(top, bottom):
 def main():
     args = settings()
     roles = read_roles(args)
-    answers, file = kept(f"{args.out}.answers.jsonl")
+    kept = Path(f"{args.out}.answers.jsonl")
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with kept.open("a+", encoding="utf-8") as file:     # the place is tried before the work, not after it
+            file.seek(0)
+            answers = {row["key"]: row for row in map(json.loads, file)}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        fail(f"{kept}: expected the answers of an earlier run, or a place for new ones: {e}; give another --out")
     model, tokenizer = load_frozen(args.model, args.device)
-    weight, ends, mark = model.get_output_embeddings().weight, model.generation_config.eos_token_id, fingerprint(model)
+    weight, ends = model.get_output_embeddings().weight, model.generation_config.eos_token_id
     maker = f"python stage2_kd.py --model {args.model}, with the role's --prompt and --out"
     artifacts = {role: load(path, "be", maker, model) for role, (path, _, _) in roles.items()}
     scorer = RougeScorer(["rougeL"], tokenizer=types.SimpleNamespace(tokenize=lambda text: WORD.findall(text.lower())))
@@ -286,16 +262,17 @@ def main():
         # the answers, those that are not there yet
         said = {}
         for condition, rows in fed.items():
-            decides = [mark, vector.tolist() if condition == "be" else [], ends, args.max_new_tokens]
+            decides = [model.fingerprint, vector.tolist() if condition == "be" else [], ends, args.max_new_tokens]
             keys = [hashlib.sha256(json.dumps([row, *decides]).encode()).hexdigest() for row in rows]
             missing = [i for i, key in enumerate(keys) if key not in answers]
             for part in [missing[i:i + 32] for i in range(0, len(missing), 32)]:
                 for i, ids in zip(part, answer(model, [rows[i] for i in part], vector, args.max_new_tokens)[0]):
-                    answers[keys[i]] = row = {
+                    answers[keys[i]] = {
                         "key": keys[i], "role": role, "condition": condition, "question": chats[i][0]["content"],
                         "answer": tokenizer.decode(ids, skip_special_tokens=True).strip(),
                         "tokens": len(ids) - (ids[-1] in ends), "ids": ids}
-                    print(json.dumps(row), file=file, flush=True)
+                Path(f"{kept}.tmp").write_text("".join(json.dumps(row) + "\n" for row in answers.values()))
+                os.replace(f"{kept}.tmp", kept)             # whole or not at all
             said[condition] = [answers[key] for key in keys]
 
         texts = {condition: [row["answer"] for row in said[condition]] for condition in fed}
@@ -305,7 +282,7 @@ def main():
             for name, golds in [("", questions.values()), ("_teacher", [[text] for text in texts["full"]])]:
                 scores = [scorer.score_multi(gold, x)["rougeL"].fmeasure for gold, x in zip(golds, texts[condition])]
                 r[condition + name] = sum(scores) / len(scores)
-        r["retention"] = r["be"] / r["full"] if r["full"] else None
+        r["retention"] = r["be"] / (r["full"] or math.nan)
 
         # KL from the full prompt in nats a token; earlier artifacts bring stage 2's own table along
         first, kl = [row.get("ids", [])[:32] for row in said["full"]], dict.fromkeys(fed, 0.0)
@@ -323,21 +300,18 @@ def main():
     # means over roles; retention's is the ratio of two means
     means = {}
     for key in COLUMNS:
-        have = [r for r in table if r.get(key) is not None]
-        top = [r["be" if key == "retention" else key] for r in have]
-        bottom = [r["full"] if key == "retention" else 1.0 for r in have]
-        if have:
-            means[key] = {"mean": sum(top) / sum(bottom), "interval_95": interval(top, bottom)}
+        top = [r["be" if key == "retention" else key] for r in table]
+        bottom = [r["full"] if key == "retention" else 1.0 for r in table]
+        means[key] = {"mean": sum(top) / (sum(bottom) or math.nan), "interval_95": interval(top, bottom)}
     last = {"role": f"mean of {len(table)}", "n": sum(r["n"] for r in table)}
     for key, m in means.items():
         last[key] = f"{m['mean']:.3f}" + (" ({:.3f} to {:.3f})".format(*m["interval_95"]) if m["interval_95"] else "")
     heads = ["role", "n", *COLUMNS]
-    cells = [["-" if r.get(h) is None else f"{r[h]:.3f}" if type(r[h]) is float else str(r[h]) for h in heads]
-             for r in [*table, last]]
+    cells = [[f"{r[h]:.3f}" if type(r[h]) is float else str(r[h]) for h in heads] for r in [*table, last]]
     text = "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *cells])
     text += f"\n\n{args.model}, greedy, {args.max_new_tokens} new tokens; 95% intervals by a bootstrap over roles.\n"
     Path(f"{args.out}.md").write_text(text, encoding="utf-8")
-    results = {"config": vars(args), "fingerprint": mark, "roles": table, "mean": means}
+    results = {"config": vars(args), "fingerprint": model.fingerprint, "roles": table, "mean": means}
     Path(f"{args.out}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"\n{text}\nwrote {args.out}.md and {args.out}.json")
 

@@ -13,7 +13,7 @@ x_(n+1) is the end of a turn: a copy has an end. One [AE] serves every prompt; t
 Expect   the default model, an hour of one CPU core: held-out texts at 0.05 nats a token, 98.7% of tokens right
          with the true past given; without a trigger 0.53 and 92.6%.
 """
-import argparse, atexit, datetime, glob, hashlib, json, math, os, random, sys, zipfile
+import argparse, glob, hashlib, json, math, os, random, sys, zipfile
 from pathlib import Path
 
 import torch
@@ -58,12 +58,10 @@ def load_frozen(name, device="auto"):
     with one line unless it is a whole Llama, Qwen2 or Qwen3 chat model with full attention in every layer."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    dtype = torch.bfloat16 if device == "cuda" or device == "cpu" and native else torch.float32
+    native = device == "cuda" or device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     chat = [{"role": role, "content": f"Be a {role}."} for role in ("system", "user", "assistant", "user")]
     try:
-        local = name.startswith(("models/", ".", "/")) or Path(name).is_dir()       # else the hub is asked for it
-        source = beside(name).resolve(strict=True) if local else name
+        source = beside(name).resolve(strict=True) if name.startswith(("models/", ".", "/")) else name
         config = transformers.AutoConfig.from_pretrained(source)
         kinds = {config.model_type, *(getattr(config, "layer_types", None) or [])}
         if kinds - {"llama", "qwen2", "qwen3", "full_attention"}:
@@ -71,7 +69,7 @@ def load_frozen(name, device="auto"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         joint = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, **TEMPLATE)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+            source, dtype="bfloat16" if native else "float32", attn_implementation="sdpa", output_loading_info=True)
         model = model.to(device).requires_grad_(False).eval()
         ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
         ends = sorted({*ends} - {None})                     # folders disagree on what ends a turn: each of these does
@@ -86,7 +84,10 @@ def load_frozen(name, device="auto"):
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
     factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest has it
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
-    print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
+    sample = [key.encode() + w.flatten()[::997].bfloat16().view(torch.int16).cpu().numpy().tobytes()
+              for key, w in model.named_parameters()]
+    model.fingerprint = hashlib.sha256(b"".join(sample)).hexdigest()        # a vector fits these weights and no others
+    print(f"{name} on {device}, {str(model.dtype)[6:]}, long rows with {model.long_rows}")
     return model, tokenizer
 # --- end shared -------------------------------------------------------------------------------
 
@@ -100,8 +101,7 @@ def embed(model, ids, learned):
 # --- end shared -------------------------------------------------------------------------------
 
 # --- shared: chat_ids -------------------------------------------------------------------------
-# Llama 3 would print today's date, and Qwen3 would think aloud
-TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}
+TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}     # else Llama 3 says today's, Qwen3 thinks aloud
 
 
 def text_ids(tokenizer, text):
@@ -124,21 +124,13 @@ def chat_ids(tokenizer, messages, generate=True):
 # --- end shared -------------------------------------------------------------------------------
 
 # --- shared: artifact -------------------------------------------------------------------------
-def fingerprint(model):
-    """A vector fits the weights it was trained on and no others: a hash over a sample of each of them."""
-    h = hashlib.sha256()
-    for name, w in model.named_parameters():
-        h.update(name.encode() + w.flatten()[::997].bfloat16().view(torch.int16).cpu().numpy().tobytes())
-    return h.hexdigest()
-
-
 def load(path, kind, maker, model=None):
     """A whole artifact of this kind, made for this model; else one line that names the command that makes it."""
     try:
         if zipfile.ZipFile(beside(path)).testzip():         # the zip's own checksums
             raise ValueError("a wrong checksum")
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
-        if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != fingerprint(model):
+        if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint:
             raise ValueError(f"{artifact['kind']} made for the weights of {artifact['model']['name']}")
     except Exception as e:                                  # a damaged file raises many types; each means the same
         fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
@@ -157,20 +149,6 @@ def save(path, **artifact):
         fail(f"{path}: cannot be written: {e}; what was there before is whole; mend that, or give another --out")
 # --- end shared -------------------------------------------------------------------------------
 
-# --- shared: torchrun -------------------------------------------------------------------------
-def torchrun():
-    """This process's rank and their number: 0 and 1, but for torchrun. Rank 0 alone answers, prints and saves."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group(timeout=datetime.timedelta(hours=12))     # rank 0 may be long as teacher
-        atexit.register(torch.distributed.destroy_process_group)
-    if rank:
-        sys.stdout = open(os.devnull, "w")
-    return rank, world
-# --- end shared -------------------------------------------------------------------------------
-
 
 def read_texts(pattern):
     """Texts of under 200 characters are left out: there is little to copy in them."""
@@ -186,22 +164,26 @@ def read_texts(pattern):
 
 def main():
     args = settings()
-    rank, world = torchrun()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun sets them
+    if world > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group()
+    if rank:
+        sys.stdout = open(os.devnull, "w")                  # rank 0 alone prints and saves
     texts = read_texts(args.data)
     random.Random(args.seed).shuffle(texts)
     held, train = texts[:args.held_out], texts[args.held_out:]
     if len(train) < args.batch or args.batch % world or min(args.steps, args.batch, len(held)) < 1:
-        fail(f"--data {args.data}: expected {args.held_out} texts to hold out and at least --batch {args.batch}, a "
-             f"multiple of {world} processes, all above 0; found {len(texts)} of 200 characters or more, for --steps "
-             f"{args.steps}; make some with: python data/ae_corpus/prepare.py --offline")
+        fail(f"expected --steps, --held-out and --batch, a multiple of {world} processes, above 0, and texts of 200 "
+             f"characters, found {len(texts)} in {args.data}; make more: python data/ae_corpus/prepare.py --offline")
     if rank == 0:
         save(args.out)
     model, tokenizer = load_frozen(args.model, args.device)
     model.set_attn_implementation(model.long_rows)
     body, weight = model.get_decoder(), model.get_output_embeddings().weight                        # weight (V, d)
-    table = model.get_input_embeddings().weight.float()
-    mean, std, lr = table.mean(0), table.std(0), args.lr or 0.22 * table.std().item()   # [AE] lives among these rows
-    del table
+    table = model.get_input_embeddings().weight             # [AE] lives among these rows
+    mean, std, lr = table.float().mean(0), table.float().std(0), args.lr or 0.22 * table.float().std().item()
 
     # x_1 ... x_n stand where a system message would, as [BE] will: models are odd at position 0
     slot, end = [-1], model.generation_config.eos_token_id[-1]          # any end of turn would do
@@ -263,14 +245,13 @@ def main():
                 best = {"loss": loss, "right": right, "vector": ae.detach().cpu().clone()}
             run = {"step": step + 1, "ae": ae.detach().cpu(), "best": best, "optimizer": optimizer.state_dict()}
             save(args.out, kind="ae", vector=best["vector"], config=vars(args), history=history, run=run,
-                 model={"name": args.model, "fingerprint": fingerprint(model)},
+                 model={"name": args.model, "fingerprint": model.fingerprint},
                  metrics={"held-out L_AE": best["loss"], "right": best["right"], "n": len(held)})
         bar.set_postfix(L_AE=f"{mean_loss.item():.3f}", held_out=f"{best['loss']:.3f}", right=f"{best['right']:.1%}")
 
     # what the trigger is worth
-    learned = best["vector"].to(mean)
-    for name, fed, vector in [("[AE]", slot, learned), ("a random vector", slot, noise), ("no trigger", [], noise)]:
-        loss, right = held_out_scores(fed, vector)
+    for name, fed, vector in [("[AE]", slot, best["vector"]), ("noise", slot, noise), ("no trigger", [], noise)]:
+        loss, right = held_out_scores(fed, vector.to(mean))
         print(f"{name:15s} {loss:.3f} nats a token, {right:.1%} of tokens right, n = {len(held)} held-out texts")
     print(f"wrote {args.out}\nnext: python stage1_recon.py --model {args.model} --ae {args.out} --prompt PROMPT.txt")
 

@@ -55,12 +55,10 @@ def load_frozen(name, device="auto"):
     with one line unless it is a whole Llama, Qwen2 or Qwen3 chat model with full attention in every layer."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    dtype = torch.bfloat16 if device == "cuda" or device == "cpu" and native else torch.float32
+    native = device == "cuda" or device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     chat = [{"role": role, "content": f"Be a {role}."} for role in ("system", "user", "assistant", "user")]
     try:
-        local = name.startswith(("models/", ".", "/")) or Path(name).is_dir()       # else the hub is asked for it
-        source = beside(name).resolve(strict=True) if local else name
+        source = beside(name).resolve(strict=True) if name.startswith(("models/", ".", "/")) else name
         config = transformers.AutoConfig.from_pretrained(source)
         kinds = {config.model_type, *(getattr(config, "layer_types", None) or [])}
         if kinds - {"llama", "qwen2", "qwen3", "full_attention"}:
@@ -68,7 +66,7 @@ def load_frozen(name, device="auto"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         joint = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, **TEMPLATE)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+            source, dtype="bfloat16" if native else "float32", attn_implementation="sdpa", output_loading_info=True)
         model = model.to(device).requires_grad_(False).eval()
         ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
         ends = sorted({*ends} - {None})                     # folders disagree on what ends a turn: each of these does
@@ -83,7 +81,10 @@ def load_frozen(name, device="auto"):
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
     factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest has it
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
-    print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
+    sample = [key.encode() + w.flatten()[::997].bfloat16().view(torch.int16).cpu().numpy().tobytes()
+              for key, w in model.named_parameters()]
+    model.fingerprint = hashlib.sha256(b"".join(sample)).hexdigest()        # a vector fits these weights and no others
+    print(f"{name} on {device}, {str(model.dtype)[6:]}, long rows with {model.long_rows}")
     return model, tokenizer
 # --- end shared -------------------------------------------------------------------------------
 
@@ -97,8 +98,7 @@ def embed(model, ids, learned):
 # --- end shared -------------------------------------------------------------------------------
 
 # --- shared: chat_ids -------------------------------------------------------------------------
-# Llama 3 would print today's date, and Qwen3 would think aloud
-TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}
+TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}     # else Llama 3 says today's, Qwen3 thinks aloud
 
 
 def text_ids(tokenizer, text):
@@ -143,21 +143,13 @@ def prompt_ids(tokenizer, messages):
 # --- end shared -------------------------------------------------------------------------------
 
 # --- shared: artifact -------------------------------------------------------------------------
-def fingerprint(model):
-    """A vector fits the weights it was trained on and no others: a hash over a sample of each of them."""
-    h = hashlib.sha256()
-    for name, w in model.named_parameters():
-        h.update(name.encode() + w.flatten()[::997].bfloat16().view(torch.int16).cpu().numpy().tobytes())
-    return h.hexdigest()
-
-
 def load(path, kind, maker, model=None):
     """A whole artifact of this kind, made for this model; else one line that names the command that makes it."""
     try:
         if zipfile.ZipFile(beside(path)).testzip():         # the zip's own checksums
             raise ValueError("a wrong checksum")
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
-        if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != fingerprint(model):
+        if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint:
             raise ValueError(f"{artifact['kind']} made for the weights of {artifact['model']['name']}")
     except Exception as e:                                  # a damaged file raises many types; each means the same
         fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
@@ -186,10 +178,9 @@ def main():
     model, tokenizer = load_frozen(args.model, args.device)
     model.set_attn_implementation(model.long_rows)
     body, weight = model.get_decoder(), model.get_output_embeddings().weight                        # weight (V, d)
-    table = model.get_input_embeddings().weight.float()
-    mean, std, lr = table.mean(0), table.std(0), args.lr or 0.22 * table.std().item()   # [BE] lives among these rows
-    ae = table.new_zeros(0, len(mean))                      # (0, d): no trigger
-    del table
+    table = model.get_input_embeddings().weight             # [BE] lives among these rows
+    mean, std, lr = table.float().mean(0), table.float().std(0), args.lr or 0.22 * table.float().std().item()
+    ae = mean.new_zeros(0, len(mean))                       # (0, d): no trigger
     if args.ae != "none":
         ae = load(args.ae, "ae", f"python stage0_ae.py --model {args.model}", model)["vector"].to(mean)     # (1, d)
 
@@ -237,7 +228,7 @@ def main():
         if (step + 1) % 50 == 0 or step + 1 == args.steps:
             run = {"step": step + 1, "be": be.detach().cpu(), "best": best, "optimizer": optimizer.state_dict()}
             save(args.out, kind="be", stage="recon", vector=best["vector"], messages=messages, tokens=len(s),
-                 ae=ae.cpu(), model={"name": args.model, "fingerprint": fingerprint(model)},
+                 ae=ae.cpu(), model={"name": args.model, "fingerprint": model.fingerprint},
                  metrics={"L_recon": best["loss"], "right": best["right"], "n": len(s)},
                  config=vars(args), history=history, run=run)
 

@@ -15,7 +15,7 @@ The teacher answers each query once, before training; of every answer token its 
 
 Expect   prompts/pirate.txt, two AVX2 cores: 11 minutes, 0.77 of the held-out gap closed, 0.63 on test queries.
 """
-import argparse, atexit, copy, datetime, hashlib, json, math, os, random, re, sys, zipfile
+import argparse, copy, datetime, hashlib, json, math, os, random, re, sys, zipfile
 from pathlib import Path
 
 import torch
@@ -66,12 +66,10 @@ def load_frozen(name, device="auto"):
     with one line unless it is a whole Llama, Qwen2 or Qwen3 chat model with full attention in every layer."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    dtype = torch.bfloat16 if device == "cuda" or device == "cpu" and native else torch.float32
+    native = device == "cuda" or device == "cpu" and torch.cpu._is_avx512_bf16_supported()
     chat = [{"role": role, "content": f"Be a {role}."} for role in ("system", "user", "assistant", "user")]
     try:
-        local = name.startswith(("models/", ".", "/")) or Path(name).is_dir()       # else the hub is asked for it
-        source = beside(name).resolve(strict=True) if local else name
+        source = beside(name).resolve(strict=True) if name.startswith(("models/", ".", "/")) else name
         config = transformers.AutoConfig.from_pretrained(source)
         kinds = {config.model_type, *(getattr(config, "layer_types", None) or [])}
         if kinds - {"llama", "qwen2", "qwen3", "full_attention"}:
@@ -79,7 +77,7 @@ def load_frozen(name, device="auto"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         joint = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, **TEMPLATE)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+            source, dtype="bfloat16" if native else "float32", attn_implementation="sdpa", output_loading_info=True)
         model = model.to(device).requires_grad_(False).eval()
         ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
         ends = sorted({*ends} - {None})                     # folders disagree on what ends a turn: each of these does
@@ -94,7 +92,10 @@ def load_frozen(name, device="auto"):
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
     factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest has it
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
-    print(f"{name} on {device}, {str(dtype)[6:]}, long rows with {model.long_rows}")
+    sample = [key.encode() + w.flatten()[::997].bfloat16().view(torch.int16).cpu().numpy().tobytes()
+              for key, w in model.named_parameters()]
+    model.fingerprint = hashlib.sha256(b"".join(sample)).hexdigest()        # a vector fits these weights and no others
+    print(f"{name} on {device}, {str(model.dtype)[6:]}, long rows with {model.long_rows}")
     return model, tokenizer
 # --- end shared -------------------------------------------------------------------------------
 
@@ -108,8 +109,7 @@ def embed(model, ids, learned):
 # --- end shared -------------------------------------------------------------------------------
 
 # --- shared: chat_ids -------------------------------------------------------------------------
-# Llama 3 would print today's date, and Qwen3 would think aloud
-TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}
+TEMPLATE = {"date_string": "26 Jul 2024", "enable_thinking": False}     # else Llama 3 says today's, Qwen3 thinks aloud
 
 
 def text_ids(tokenizer, text):
@@ -154,21 +154,13 @@ def prompt_ids(tokenizer, messages):
 # --- end shared -------------------------------------------------------------------------------
 
 # --- shared: artifact -------------------------------------------------------------------------
-def fingerprint(model):
-    """A vector fits the weights it was trained on and no others: a hash over a sample of each of them."""
-    h = hashlib.sha256()
-    for name, w in model.named_parameters():
-        h.update(name.encode() + w.flatten()[::997].bfloat16().view(torch.int16).cpu().numpy().tobytes())
-    return h.hexdigest()
-
-
 def load(path, kind, maker, model=None):
     """A whole artifact of this kind, made for this model; else one line that names the command that makes it."""
     try:
         if zipfile.ZipFile(beside(path)).testzip():         # the zip's own checksums
             raise ValueError("a wrong checksum")
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
-        if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != fingerprint(model):
+        if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint:
             raise ValueError(f"{artifact['kind']} made for the weights of {artifact['model']['name']}")
     except Exception as e:                                  # a damaged file raises many types; each means the same
         fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
@@ -188,11 +180,6 @@ def save(path, **artifact):
 # --- end shared -------------------------------------------------------------------------------
 
 # --- shared: pack -----------------------------------------------------------------------------
-def shared_length(rows):
-    """How many ids all rows begin with; each keeps one of its own."""
-    return min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)
-
-
 def pack(rows, n):
     """Rows of ids as ONE sequence: the n ids that all begin with stand once, owned by -1, then the rest of row b, owned
     by b. No padding, and a prompt of thousands of tokens is read once -> ids, positions, owners, each (T,).
@@ -203,38 +190,38 @@ def pack(rows, n):
     return torch.tensor(ids), torch.tensor(positions), torch.tensor(owners)
 
 
-def sees(model, owners, first=0):
-    """The mask of tokens first, first + 1, ...: each sees the shared beginning and its own row, up to itself."""
-    see = ((owners == -1) | (owners == owners[first:, None])).tril(first)                   # (T - first, T)
-    return torch.where(see, 0.0, torch.finfo(model.dtype).min).to(model.device, model.dtype)[None, None]
+def read(model, learned, ids, positions, owners, cache=None):
+    """The last t ids of a pack with owners (T,); those before are in the cache, which these join. Each sees the shared
+    beginning and its own row, up to itself -> their last hidden states (t, d)."""
+    see = ((owners == -1) | (owners == owners[-len(ids):, None])).tril(len(owners) - len(ids))          # (t, T)
+    mask = torch.where(see, 0.0, torch.finfo(model.dtype).min).to(model.device, model.dtype)[None, None]
+    embeds, positions = embed(model, ids[None].to(model.device), learned), positions[None].to(model.device)
+    out = model.get_decoder()(None, mask, positions, cache, embeds, use_cache=cache is not None)
+    return out.last_hidden_state[0]
 
 
 @torch.no_grad()
 def answer(model, rows, learned, limit, pack_tokens=4096):
     """The model's own greedy answers to rows of ids, each up to an end of turn or limit tokens -> lists of ids, and the
     hidden states (T, d) they were chosen from. What all rows begin with, the prompt, is read once for all packs."""
-    def read(ids, positions, cache, mask=None):
-        """More tokens (T,) after those in the cache, whose keys and values join it -> last hidden states (T, d)."""
-        embeds = embed(model, ids[None].to(model.device), learned)      # by place: the cache's keyword changes its name
-        return body(None, mask, positions[None].to(model.device), cache, embeds).last_hidden_state[0]
-
-    body, weight, stop = model.get_decoder(), model.get_output_embeddings().weight, model.generation_config.eos_token_id
-    n, beginning, answers, hidden = shared_length(rows), transformers.DynamicCache(), [], []
+    weight, stop = model.get_output_embeddings().weight, torch.tensor(model.generation_config.eos_token_id)
+    n = min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)       # each row keeps an id of its own
+    beginning, answers, hidden = transformers.DynamicCache(), [], []
     if n:
-        read(torch.tensor(rows[0][:n]), torch.arange(n), beginning)
+        read(model, learned, *pack([rows[0][:n]], n), beginning)
     size = max(1, pack_tokens // (max(map(len, rows)) - n + limit))         # attention costs the square of a pack
     for part in tqdm([rows[i:i + size] for i in range(0, len(rows), size)], desc="answers", leave=False):
         ids, positions, owners = pack(part, n)
         end, cache, said, states = torch.tensor([len(row) for row in part]), copy.deepcopy(beginning), [], []
-        h = read(ids[n:], positions[n:], cache, sees(model, owners, n))[(end - n).cumsum(0) - 1]        # (B, d)
+        h = read(model, learned, ids[n:], positions[n:], owners, cache)[(end - n).cumsum(0) - 1]        # (B, d)
         while True:
             states.append(h)
             said.append((h @ weight.T).argmax(-1).cpu())                                                # (B,)
-            ended = torch.isin(torch.stack(said, 1), torch.tensor(stop))                                # (B, t)
+            ended = torch.isin(torch.stack(said, 1), stop)                                              # (B, t)
             if len(said) >= limit or ended.any(1).all():
                 break
             owners = torch.cat([owners, torch.arange(len(part))])
-            h = read(said[-1], end + len(said) - 1, cache, sees(model, owners, len(owners) - len(part)))
+            h = read(model, learned, said[-1], end + len(said) - 1, owners, cache)
         for tokens, h, e in zip(torch.stack(said, 1).tolist(), torch.stack(states, 1).cpu(), ended):
             length = int(e.int().argmax()) + 1 if e.any() else len(tokens)
             answers.append(tokens[:length])
@@ -245,17 +232,13 @@ def answer(model, rows, learned, limit, pack_tokens=4096):
 # --- shared: answer_hidden --------------------------------------------------------------------
 def answer_hidden(model, rows, answers, learned):
     """The last hidden states that predict the tokens of the answers, row after row -> (sum of T, d)."""
-    full = [row + a[:-1] for row, a in zip(rows, answers)]
-    n = shared_length(rows)                                 # of the rows: two rows may be given the same answer
-    if len(rows) > 1 and sum(len(f) - n for f in full) > 4096:              # attention costs the square of a pack
-        parts = slice(None, len(rows) // 2), slice(len(rows) // 2, None)
-        return torch.cat([answer_hidden(model, rows[part], answers[part], learned) for part in parts])
-    ids, positions, owners = pack(full, n)
-    ends = n + torch.tensor([len(f) - n for f in full]).cumsum(0)
-    at = torch.cat([torch.arange(e - len(a), e) for e, a in zip(ends, answers)])
-    out = model.get_decoder()(inputs_embeds=embed(model, ids[None].to(model.device), learned), use_cache=False,
-                              position_ids=positions[None].to(model.device), attention_mask=sees(model, owners))
-    return out.last_hidden_state[0, at]
+    n = min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)
+    ids, positions, owners = pack([row + a[:-1] for row, a in zip(rows, answers)], n)
+    if len(rows) > 1 and len(ids) - n > 4096:                               # attention costs the square of a pack
+        halves = slice(None, len(rows) // 2), slice(len(rows) // 2, None)
+        return torch.cat([answer_hidden(model, rows[half], answers[half], learned) for half in halves])
+    last = torch.tensor([len(row) - 1 for row in rows])     # a row's last id predicts its answer's first token
+    return read(model, learned, ids, positions, owners)[(owners >= 0) & (positions >= last[owners])]
 # --- end shared -------------------------------------------------------------------------------
 
 # --- shared: read_queries ---------------------------------------------------------------------
@@ -268,9 +251,8 @@ def read_queries(path):
             where = f"{path}, line {number}, {line[:60]!r}"
             if not line.strip():
                 continue
-            row = {"query": line}
-            if Path(path).suffix.lower() != ".txt" or re.match(r'\s*[\[{]\s*([\[{"]|$)', line):       # by its content
-                row = json.loads(line)
+            is_json = Path(path).suffix.lower() != ".txt" or re.match(r'\s*[\[{]\s*([\[{"]|$)', line)
+            row = json.loads(line) if is_json else {"query": line}
             texts = [row[key] for key in ("question", "query", "instruction", "input") if row.get(key)]
             turns = row.get("messages") or [{"role": "user", "content": "\n\n".join(texts)}]
             turns = [{"role": m["role"], "content": m["content"].strip()} for m in turns]
@@ -284,25 +266,10 @@ def read_queries(path):
     return list(chats.values())
 # --- end shared -------------------------------------------------------------------------------
 
-# --- shared: torchrun -------------------------------------------------------------------------
-def torchrun():
-    """This process's rank and their number: 0 and 1, but for torchrun. Rank 0 alone answers, prints and saves."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group(timeout=datetime.timedelta(hours=12))     # rank 0 may be long as teacher
-        atexit.register(torch.distributed.destroy_process_group)
-    if rank:
-        sys.stdout = open(os.devnull, "w")
-    return rank, world
-# --- end shared -------------------------------------------------------------------------------
-
 
 class HeadKL(torch.autograd.Function):
-    """tau^2 KL(softmax(z_T / tau) || softmax(z_S / tau)) of each token, z = h W^T. The head W is frozen, so all that
-    the backward pass needs is dL/dh_S = tau (softmax(z_S / tau) - softmax(z_T / tau)) W: it is made here, chunk by
-    chunk, while the logits are there, and no (T, V) tensor is kept."""
+    """tau^2 KL(softmax(z_T / tau) || softmax(z_S / tau)) of each token, z = h W^T. W is frozen, so dL/dh_S, which is
+    tau (softmax(z_S / tau) - softmax(z_T / tau)) W, is made here, a chunk at a time: no (T, V) tensor is kept."""
 
     @staticmethod
     def forward(ctx, student, teacher, weight, tau):
@@ -316,13 +283,18 @@ class HeadKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, outer):
-        grad, = ctx.saved_tensors
-        return grad * outer[:, None].to(grad.dtype), None, None, None
+        return ctx.saved_tensors[0] * outer[:, None], None, None, None
 
 
 def main():
     args = settings()
-    rank, world = torchrun()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun sets them
+    if world > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group(timeout=datetime.timedelta(hours=12))          # the teacher may take long
+    if rank:
+        sys.stdout = open(os.devnull, "w")                  # rank 0 alone answers, prints and saves
     messages = read_prompt(args.prompt)
     chats = read_queries(args.queries or re.sub(r"\.(txt|json|md)$", "", args.prompt) + ".queries.txt")
     random.Random(args.seed).shuffle(chats)
@@ -337,34 +309,36 @@ def main():
         save(args.out)
     model, tokenizer = load_frozen(args.model, args.device)
     body, weight = model.get_decoder(), model.get_output_embeddings().weight                            # weight (V, d)
-    table = model.get_input_embeddings().weight.float()
-    mean, std, lr = table.mean(0), table.std(0), args.lr or 0.9 * table.std().item()    # [BE] lives among these rows
+    table = model.get_input_embeddings().weight             # [BE] lives among these rows
+    mean, std, lr = table.float().mean(0), table.float().std(0), args.lr or 0.9 * table.float().std().item()
 
-    # where [BE] starts: from stage 1, or from noise at the scale of the embedding table
+    # the one trained tensor: it starts from stage 1, or from noise at the scale of the embedding table
     torch.manual_seed(args.seed)
-    start, ae = mean + std * torch.randn(args.k, len(mean)).to(mean), table.new_zeros(0, len(mean))     # (k, d) fp32
+    start, ae = mean + std * torch.randn(args.k, len(mean)).to(mean), mean.new_zeros(0, len(mean))      # (k, d) fp32
     if args.init != "noise":
-        maker = f"python stage1_recon.py --prompt {args.prompt} --model {args.model}"
-        stage1 = load(args.init, "be", maker, model)
+        stage1 = load(args.init, "be", f"python stage1_recon.py --prompt {args.prompt} --model {args.model}", model)
         if stage1["messages"] != messages or args.k not in (1, len(stage1["vector"])):
-            fail(f"--init {args.init}: it was made for another prompt or another --k; make one with: {maker}")
+            fail(f"--init {args.init}: for another prompt or another --k; run: stage1_recon.py --prompt {args.prompt}")
         start, ae = stage1["vector"].to(mean), stage1["ae"].to(mean)
+    be = torch.nn.Parameter(start.clone())                                                              # (k, d) fp32
+    optimizer = torch.optim.AdamW([be], betas=(0.9, 0.95), weight_decay=0)
+    first, best, history = 0, None, []
     if args.resume:
         saved = load(args.out, "be", f"{sys.argv[0]}, without --resume", model)
         asked = saved["messages"], saved.get("trained_on"), saved["config"] | {"resume": True}
         if asked != (messages, chats, vars(args)) or "run" not in saved:
             fail(f"--resume: {args.out} holds no run of these settings; give the same ones, or leave --resume out")
-    del table
+        first, best, history = saved["run"]["step"], saved["run"]["best"], saved["history"]
+        be.data.copy_(saved["run"]["be"])
+        optimizer.load_state_dict(saved["run"]["optimizer"])
 
     # the data: what the teacher reads and answers, and what the student reads in its place
     s, slot = prompt_ids(tokenizer, messages), [-1 - i for i in range(len(start))]
     full = [chat_ids(tokenizer, messages + chat) for chat in chats]
     rows = [chat_ids(tokenizer, [{"role": "system", "content": slot}] + chat) for chat in chats]
     empty = [chat_ids(tokenizer, [{"role": "system", "content": []}] + chat) for chat in chats]
-    print(f"{args.prompt}: {len(s)} tokens -> {len(start)} x {len(mean)} numbers; "
-          f"{len(train)} queries to train on, {len(held)} held out")
-    key = json.dumps([fingerprint(model), str(model.dtype), full, model.generation_config.eos_token_id,
-                      args.answer_tokens])
+    print(f"{args.prompt}: {len(s)} tokens -> {len(slot)}; {len(train)} queries to train on, {len(held)} held out")
+    key = str([model.fingerprint, model.dtype, full, model.generation_config.eos_token_id, args.answer_tokens])
     teacher_file = Path(args.out).with_name(f"teacher-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt")
     if rank == 0 and not teacher_file.exists():
         answers, hidden = answer(model, full, start, args.answer_tokens)
@@ -375,8 +349,7 @@ def main():
     answers, taught = teacher["answers"], teacher["hidden"]                                     # taught: (T, d) each
 
     @torch.no_grad()
-    def held_out_kl(fed, vector):
-        """KL from the teacher at tau 1, in nats a token."""
+    def held_out_kl(fed, vector):                                               # at tau 1, in nats a token
         student = answer_hidden(model, [fed[i] for i in held], [answers[i] for i in held], vector)      # (sum T, d)
         return HeadKL.apply(student, torch.cat([taught[i] for i in held]).to(student), weight, 1.0).mean().item()
 
@@ -384,15 +357,7 @@ def main():
     recon_ids = torch.tensor([words + slot + [-1 - len(start)] * len(ae) + s[:-1]], device=model.device)
     recon_target = torch.tensor(s, device=model.device)
 
-    # the one trained tensor
-    be = torch.nn.Parameter(start.clone())                                                              # (k, d) fp32
-    optimizer = torch.optim.AdamW([be], betas=(0.9, 0.95), weight_decay=0)
-    none = held_out_kl(empty, be)
-    first, best, history = 0, {"kl": held_out_kl(rows, be), "vector": start}, []
-    if args.resume:
-        first, best, history = saved["run"]["step"], saved["run"]["best"], saved["history"]
-        be.data.copy_(saved["run"]["be"])
-        optimizer.load_state_dict(saved["run"]["optimizer"])
+    none, best = held_out_kl(empty, be), best or {"kl": held_out_kl(rows, be), "vector": start}
 
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="[BE] distil", disable=rank > 0)
@@ -433,12 +398,11 @@ def main():
                 best = {"kl": kl, "vector": be.detach().clone()}
             run = {"step": step + 1, "be": be.detach().cpu(), "best": best, "optimizer": optimizer.state_dict()}
             save(args.out, kind="be", stage="kd", vector=best["vector"].cpu(), messages=messages, tokens=len(s),
-                 ae=ae.cpu(), model={"name": args.model, "fingerprint": fingerprint(model)},
+                 ae=ae.cpu(), model={"name": args.model, "fingerprint": model.fingerprint},
                  metrics={"held-out KL": best["kl"], "no prompt": none, "n": len(held)},
                  config=vars(args), history=history, trained_on=chats, run=run)
         bar.set_postfix(L_KD=f"{kd.item():.3f}", held_out_gap_closed=f"{1 - best['kl'] / none:.3f}")
-    print(f"{1 - best['kl'] / none:.3f} of the held-out gap closed: KL {best['kl']:.4f}, without prompt {none:.4f}, "
-          f"n = {len(held)}, on which the vector was chosen")
+    print(f"{1 - best['kl'] / none:.3f} of the held-out gap closed, n = {len(held)}, on which the vector was chosen")
     print(f"wrote {args.out}\nnext: python eval_kl.py --be {args.out}")
 
 

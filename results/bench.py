@@ -27,7 +27,7 @@ from tqdm import tqdm
 # what is measured is the code that runs, not a copy of it
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from stage2_kd import (
-    HeadKL, answer, answer_hidden, chat_ids, embed, fail, load_frozen, read_prompt, read_queries, shared_length)
+    HeadKL, answer, answer_hidden, chat_ids, embed, fail, load_frozen, read_prompt, read_queries)
 
 
 QUERIES = "prompts/pirate.queries.txt"                  # asked of every prompt but that of item 4
@@ -149,7 +149,7 @@ def greedy(model, rows, learned, limit, stop, prompt=None):
 @torch.no_grad()
 def in_batches(model, rows, limit, share):
     """greedy over batches of like length -> answers. share: the prompt is read once, and its cache repeated."""
-    stop, n, answers, prompt = model.generation_config.eos_token_id, shared_length(rows), {}, None
+    stop, n, answers, prompt = model.generation_config.eos_token_id, len(os.path.commonprefix(rows)), {}, None
     if share:
         prompt = transformers.DynamicCache()
         model.get_decoder()(torch.tensor([rows[0][:n]], device=model.device), None, None, prompt)
@@ -194,7 +194,8 @@ def answering(args, model, path, rows, limit, unshared):
             "cache repeated": lambda: timed("cache repeated", lambda: in_batches(model, rows, limit, True))}
     if unshared:
         ways["nothing shared"] = lambda: timed("nothing shared", lambda: in_batches(model, rows, limit, False))
-    found = pairs(args.repeats, ways, prompt=path, prompt_tokens=shared_length(rows), questions=len(rows), limit=limit)
+    n = len(os.path.commonprefix(rows))
+    found = pairs(args.repeats, ways, prompt=path, prompt_tokens=n, questions=len(rows), limit=limit)
     same = {name: sum(a == b for a, b in zip(said["packed"], said[name])) for name in ways}
     print(f"answers identical to the packed ones: {same}")
     return [row | {"identical": same} for row in found]

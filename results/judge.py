@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from eval_rolellm import fail, kept, read_roles
+from eval_rolellm import fail, read_roles
 
 JUDGE = ("Two actors were given the same part and the same question. Decide who plays the part better.\n\n"
          "The part: {role}. {description}\n\nThe question: {question}\n\n<A>\n{a}\n</A>\n\n<B>\n{b}\n</B>\n\n"
@@ -36,6 +36,20 @@ def settings():
     add("--judge-model", default="gpt-4o", help="the name that the judge's server knows it by")
     add("--judge-options", type=json.loads, default='{"temperature": 0, "max_tokens": 16}', help="sent along, JSON")
     return p.parse_args()
+
+
+def kept(path):
+    """The rows of earlier runs by their key, and the file for new ones. The half line of a killed run is cut off."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+", encoding="utf-8", newline="\n")
+        file.seek(0)
+        whole, newline, _ = file.read().rpartition("\n")
+        rows = {row["key"]: row for row in map(json.loads, whole.splitlines())}
+        file.truncate(len(whole + newline))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        fail(f"{path}: expected verdicts of an earlier run, or a place for new ones: {e}")
+    return rows, file
 
 
 def judged(args, role, description, triples):

@@ -22,8 +22,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from stage2_kd import (
-    answer, beside, chat_ids, fail, fingerprint, load, load_frozen, prompt_ids, read_prompt)
+from stage2_kd import answer, beside, chat_ids, fail, load, load_frozen, prompt_ids, read_prompt
 
 COMPETITORS = "StoreKing|BoxCastle|Lock and Go"
 CATEGORIES = {"PRICE", "ACCESS", "BOOKING", "URGENT", "OTHER"}
@@ -177,7 +176,7 @@ def main():
     vectors = {name: artifacts[name]["vector"] if name in artifacts else unused for name in fed}
     lines = out.read_text(encoding="utf-8").splitlines() if out.exists() else []
     done = {row["key"]: row for row in map(json.loads, lines)}
-    of_model, keys = fingerprint(model), {}
+    of_model, keys = model.fingerprint, {}
     for name in fed:
         decided = [of_model, args.limit, vectors[name].tolist()]
         keys[name] = [hashlib.sha256(repr([*decided, ids]).encode()).hexdigest()[:32] for ids in fed[name]]

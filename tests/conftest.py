@@ -230,7 +230,7 @@ def artifact(model, k=1, seed=0, **changes):
     vectors = table.mean(0) + 3 * table.std(0) * torch.randn(k + 1, 64, generator=g)
     return {"kind": "be", "stage": "kd", "vector": vectors[:k], "ae": vectors[k:], "tokens": 40,
             "messages": [{"role": "system", "content": PROMPT}], "config": {"prompt": "p.txt"}, "metrics": {"n": 3},
-            "model": {"name": model.name_or_path, "fingerprint": script("infer").fingerprint(model)}, "history": [],
+            "model": {"name": model.name_or_path, "fingerprint": model.fingerprint}, "history": [],
             **changes}
 
 

@@ -55,13 +55,12 @@ def test_the_interval_is_wilsons_as_in_newcombe_1998(k, n, low, high):
     assert summary(right, right)["accuracy_95"] == pytest.approx([low, high], abs=6e-5)
 
 
-@pytest.mark.parametrize("lost, won, p", [(0, 0, 1), (4, 4, 1), (0, 5, 0.0625), (9, 1, 22 / 1024)])
-def test_a_line_of_the_table(lost, won, p):
-    """McNemar's is the exact binomial test; a ratio to nothing is not shown as a number."""
+@pytest.mark.parametrize("lost, won", [(0, 0), (4, 4), (0, 5), (9, 1)])
+def test_a_line_of_the_table(lost, won):
     full, right, n = [True] * lost + [False] * (won + 3), [False] * lost + [True] * won + [False] * 3, lost + won + 3
     line = summary(right, full)
     low, high = line["minus_full_95"]
-    assert line["mcnemar_p"] == pytest.approx(p, rel=1e-12) and (line["full_alone"], line["it_alone"]) == (lost, won)
+    assert (line["full_alone"], line["it_alone"]) == (lost, won)
     assert line["minus_full"] == (won - lost) / n and low <= line["minus_full"] <= high
     assert (line["accuracy"], line["n"], line["no_number"], line["cut"]) == (won / n, n, n - won, n - won)
     assert line["retention"] == (won / lost if lost else None)
@@ -198,7 +197,7 @@ def test_rolellm_goes_from_folder_to_table_and_goes_on_after_a_kill(work, vector
     assert row["answer"] == tokenizer.decode(said, skip_special_tokens=True).strip()
     table, whole = (work / "out/r.md").read_text(), (work / "out/r.answers.jsonl").read_bytes()
     assert table in r.out and "| Old Captain | 2 |" in table
-    (work / "out/r.answers.jsonl").write_bytes(whole[:-60])                     # killed within its last row
+    (work / "out/r.answers.jsonl").write_bytes(b"".join(whole.splitlines(True)[:-3]))           # killed before the last
     assert main("eval_rolellm", *asked).code == 0
     assert (work / "out/r.answers.jsonl").read_bytes() == whole and (work / "out/r.md").read_text() == table
 

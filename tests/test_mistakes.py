@@ -100,7 +100,7 @@ FILES = {                                                   # case: (script, arg
     "more tokens than fit": ("infer", ["--query", "Why?", "--max-new-tokens", 1020], {}, ["at most 4 tokens"]),
     "no query to ask for": ("queries", [*PROMPT, "--count", 0, "--out", "new.txt"], {}, ["--count", "at least 1"]),
     "an empty question": ("infer", ["--query", "  "], {}, ["--query", "empty"]),
-    "no test queries": ("eval_kl", ["--queries", "t.txt"], {"t.txt": b"\n"}, ["t.txt", "found none"]),
+    "no test queries": ("eval_kl", ["--queries", "t.txt"], {"t.txt": b"\n"}, ["t.txt", "found 0"]),
     "no answer of an earlier run": ("eval_gsm8k", ["--data", "d.jsonl", "--out", "g.jsonl"], {
         "d.jsonl": b'{"question": "Why?", "answer": "#### 7"}\n', "g.jsonl": b"no rows\n"}, ["g.jsonl", "earlier run"]),
     "no gold": ("eval_gsm8k", ["--data", "g.jsonl"], {"g.jsonl": b'{"question": "Why?", "answer": "it is 7"}\n'},

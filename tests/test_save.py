@@ -1,6 +1,7 @@
 """A save that fails leaves the old file whole; a file that is not whole is refused in one line."""
 import errno, os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,23 +64,26 @@ BAD = {"missing": lambda p: p.unlink(),
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_file_that_is_not_a_whole_artifact_is_refused_in_one_line(case, tmp_path, smol, monkeypatch):
+def test_a_file_that_is_not_a_whole_artifact_is_refused_in_one_line(case, tmp_path, monkeypatch):
     path = tmp_path / "be.pt"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(kd, "fingerprint", lambda model: "abc")
+    model = SimpleNamespace(fingerprint="abc")
     torch.save(GOOD, path)
-    assert torch.equal(kd.load(path, "be", "python MAKER.py", smol[0])["vector"], OLD["vector"])
+    assert torch.equal(kd.load(path, "be", "python MAKER.py", model)["vector"], OLD["vector"])
     BAD[case](path)
-    refused(caught(kd.load, path, "be", "python MAKER.py", smol[0]), "be.pt", "python MAKER.py")
+    refused(caught(kd.load, path, "be", "python MAKER.py", model), "be.pt", "python MAKER.py")
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_fingerprint_is_that_of_the_weights(smol):
+def test_the_fingerprint_is_that_of_the_weights(smol, tmp_path, monkeypatch):
     """The same in bf16, as a GPU loads them; another one with one matrix moved."""
-    model = smol[0]
-    half = type(model)(model.config).bfloat16()
-    half.load_state_dict(model.state_dict())
-    assert kd.fingerprint(half) == kd.fingerprint(model)
+    model, tokenizer = smol
+    tokenizer.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    half = kd.load_frozen(str(tmp_path), "cpu")[0]
+    assert half.dtype == torch.bfloat16 and half.fingerprint == model.fingerprint
     with torch.no_grad():
         half.model.layers[1].mlp.up_proj.weight.mul_(1.01)
-    assert kd.fingerprint(half) != kd.fingerprint(model)
+    half.save_pretrained(tmp_path)
+    assert kd.load_frozen(str(tmp_path), "cpu")[0].fingerprint != model.fingerprint

@@ -47,7 +47,7 @@ def test_each_stage_writes_its_artifact_and_names_the_next_command(chain):
     for found, kind, k in [(chain.ae, "ae", 1), (chain.recon, "be", n), (chain.be, "be", n)]:
         assert found["kind"] == kind and found["vector"].shape == (k, 64) and found["vector"].dtype == torch.float32
         assert found["metrics"]["n"] > 0 and found["history"]
-        assert found["model"]["fingerprint"] == script("infer").fingerprint(chain.model)
+        assert found["model"]["fingerprint"] == chain.model.fingerprint
     s = script("stage2_kd").prompt_ids(chain.tokenizer, chain.messages)
     ae = chain.ae["vector"][len(chain.messages) > 1:]       # none for the dialogue
     for found in (chain.recon, chain.be):
