@@ -337,7 +337,7 @@ def main():
     full = [chat_ids(tokenizer, messages + chat) for chat in chats]
     rows = [chat_ids(tokenizer, [{"role": "system", "content": slot}] + chat) for chat in chats]
     empty = [chat_ids(tokenizer, [{"role": "system", "content": []}] + chat) for chat in chats]
-    print(f"{args.prompt}: {len(s)} tokens -> {len(slot)}; {len(train)} queries to train on, {len(held)} held out")
+    print(f"{args.prompt}: {len(s)} tokens -> k = {len(slot)}; {len(train)} queries to train on, {len(held)} held out")
     key = str([model.fingerprint, model.dtype, full, model.generation_config.eos_token_id, args.answer_tokens])
     teacher_file = Path(args.out).with_name(f"teacher-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt")
     if rank == 0 and not teacher_file.exists():
@@ -353,11 +353,10 @@ def main():
         student = answer_hidden(model, [fed[i] for i in held], [answers[i] for i in held], vector)      # (sum T, d)
         return HeadKL.apply(student, torch.cat([taught[i] for i in held]).to(student), weight, 1.0).mean().item()
 
+    none, best = held_out_kl(empty, be), best or {"kl": held_out_kl(rows, be), "vector": start}
     words = rows[0][:rows[0].index(-1)]                 # L_recon as in stage 1: ... [BE] [AE] s_1 ... s_m
     recon_ids = torch.tensor([words + slot + [-1 - len(start)] * len(ae) + s[:-1]], device=model.device)
     recon_target = torch.tensor(s, device=model.device)
-
-    none, best = held_out_kl(empty, be), best or {"kl": held_out_kl(rows, be), "vector": start}
 
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="[BE] distil", disable=rank > 0)

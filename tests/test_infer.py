@@ -28,12 +28,6 @@ def test_compare_feeds_the_prompt_the_slot_and_nothing(smol, checkpoints, vector
     assert "[BE][BE]" in parts[0]                           # what is fed, shown
 
 
-def test_a_temperature_draws_what_its_seed_says(vectors, work):
-    ask = ["infer", "--be", vectors / "be.pt", "--query", "Why?", "--temperature", 2, "--max-new-tokens", 9, *TINY]
-    said = [re.sub(r"in [\d.]+ s", "", main(*ask, "--seed", seed).out) for seed in (1, 1, 2)]
-    assert said[0] == said[1] != said[2]
-
-
 def test_a_chat_keeps_its_turns_on_any_terminal_until_it_is_too_long(vectors, work):
     """A real process with real bytes: a query that is no UTF-8, one that is too long, and an output of ASCII alone."""
     command = [sys.executable, ROOT / "infer.py", "--be", vectors / "be.pt", "--max-new-tokens", "9", *TINY]
