@@ -226,7 +226,7 @@ def main():
     args.queries = args.queries or re.sub(r"\.(txt|json|md)$", "", artifact["config"]["prompt"]) + ".test.txt"
     asked = read_queries(args.queries)
     chats = [chat for chat in asked if chat not in artifact.get("trained_on", [])]
-    print(f"{args.queries}: {len(chats)} test queries; {len(asked) - len(chats)} left out, as {args.be} names them")
+    print(f"{args.queries}: {len(chats)} test queries; {len(asked) - len(chats)} left out, as trained on")
     if len(chats) < 2:
         fail(f"--queries {args.queries}: expected two or more that [BE] was not trained on, found {len(chats)}")
     if not os.access(Path(args.out).parent, os.W_OK):
