@@ -72,8 +72,8 @@ def load_frozen(name, device="auto"):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype="bfloat16" if native else "float32", attn_implementation="sdpa", output_loading_info=True)
         model = model.to(device).requires_grad_(False).eval()
-        ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
-        ends = sorted({*ends} - {None})                     # folders disagree on what ends a turn: each of these does
+        ends = model.generation_config.eos_token_id         # folders disagree on what ends a turn: each of these does
+        ends = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
         whole = chat_ids(tokenizer, chat) == joint          # no message is left out, moved, or joined to other words
         if info["missing_keys"] or not ends or not whole:
             raise ValueError(f"expected every weight, found {len(info['missing_keys'])} missing; an end of turn, found "
@@ -83,7 +83,7 @@ def load_frozen(name, device="auto"):
     flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
     model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
-    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest has it
+    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's is in longest
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     sample = [key.encode() + w.flatten()[::997].bfloat16().view(torch.int16).cpu().numpy().tobytes()
               for key, w in model.named_parameters()]
@@ -134,7 +134,7 @@ def load(path, kind, maker, model=None):
         if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint:
             raise ValueError(f"{artifact['kind']} made for the weights of {artifact['model']['name']}")
     except Exception as e:                                  # a damaged file raises many types; each means the same
-        fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
+        fail(f"{path}: expected a whole [{kind.upper()}] for this model, found {e!r}; make it with: {maker}")
     return artifact
 # --- end shared -------------------------------------------------------------------------------
 
@@ -155,8 +155,7 @@ def read(model, learned, ids, positions, owners, cache=None):
     see = ((owners == -1) | (owners == owners[-len(ids):, None])).tril(len(owners) - len(ids))          # (t, T)
     mask = torch.where(see, 0.0, torch.finfo(model.dtype).min).to(model.device, model.dtype)[None, None]
     embeds, positions = embed(model, ids[None].to(model.device), learned), positions[None].to(model.device)
-    out = model.get_decoder()(None, mask, positions, cache, embeds, use_cache=cache is not None)
-    return out.last_hidden_state[0]
+    return model.get_decoder()(None, mask, positions, cache, embeds, use_cache=cache is not None).last_hidden_state[0]
 
 
 @torch.no_grad()
@@ -181,10 +180,10 @@ def answer(model, rows, learned, limit, pack_tokens=4096):
                 break
             owners = torch.cat([owners, torch.arange(len(part))])
             h = read(model, learned, said[-1], end + len(said) - 1, owners, cache)
-        for tokens, h, e in zip(torch.stack(said, 1).tolist(), torch.stack(states, 1).cpu(), ended):
+        for tokens, row_states, e in zip(torch.stack(said, 1).tolist(), torch.stack(states, 1).cpu(), ended):
             length = int(e.int().argmax()) + 1 if e.any() else len(tokens)
             answers.append(tokens[:length])
-            hidden.append(h[:length].clone())
+            hidden.append(row_states[:length].clone())
     return answers, hidden
 # --- end shared -------------------------------------------------------------------------------
 
@@ -229,8 +228,7 @@ def summarise(rows, right, full):
             "no_number": sum(r["predicted"] is None for r in rows), "cut": sum(r["cut"] for r in rows),
             "minus_full": (won - lost) / n,
             "minus_full_95": np.quantile((drawn[:, 1] - drawn[:, 0]) / n, [0.025, 0.975]).tolist(),
-            "full_alone": lost, "it_alone": won,
-            "retention": k / sum(full) if any(full) else None}
+            "full_alone": lost, "it_alone": won, "retention": k / sum(full) if any(full) else None}
     return line | {key: sum(r[key] for r in rows) / n for key in ("context_tokens", "new_tokens", "seconds")}
 
 
@@ -252,8 +250,8 @@ def main():
         fail(f"--data {args.data}: expected rows with a question, and an answer that ends with #### and a number; "
              f"found {type(e).__name__}: {e}; make it with: python data/gsm8k/prepare.py")
 
-    # what stands before the question in each condition; and each answer's key, a hash of all that decides it but for
-    # rounding and the limit: an answer that ended by itself is the same under any limit that it fits in
+    # what stands before the question in each condition; and each answer's key, a hash of the weights, of prompt or
+    # vector, and of the question: an answer that ended by itself is the same under any limit that it fits in
     starts, decides, keys = {"full prompt": messages}, {"full prompt": messages, "no prompt": []}, {}
     for path, be in artifacts.items():
         starts[path] = [{"role": "system", "content": [-1 - i for i in range(len(be["vector"]))]}]
@@ -280,7 +278,7 @@ def main():
         fed = {name: [chat_ids(tokenizer, start + turns) for turns in asked] for name, start in starts.items()}
 
         # a few questions in all conditions, then the next few
-        steps = [(at, name) for at in range(0, len(asked), args.batch) for name in starts]
+        steps = [(at, name) for at in range(0, len(asked), max(1, args.batch)) for name in starts]
         for at, name in tqdm(steps, desc="GSM8K"):
             part = [i for i in range(len(asked))[at:at + args.batch] if keys[name][i] not in done]
             if not part:
@@ -300,15 +298,16 @@ def main():
             os.replace(f"{out}.tmp", out)
 
     table, full = {}, None
-    print("accuracy  95%           no number  cut  minus full  95%                 kept  context  new     s")
+    print("accuracy  95%           no number  cut  minus full  95%            retention  context  new     s")
     for name in starts:
         rows = [done[key] | {"predicted": predicted_number(done[key]["answer"])} for key in keys[name]]
         right = [row["predicted"] == number for row, number in zip(rows, gold)]
         full = full or right                                # the full prompt comes first
         table[name] = t = summarise(rows, right, full)
         low, high, less, more = (f"{100 * x:.1f}" for x in t["accuracy_95"] + t["minus_full_95"])
+        retention = math.nan if t["retention"] is None else t["retention"]
         print(f"{t['accuracy']:8.1%}  {low} to {high:5}  {t['no_number']:9}  {t['cut']:3}  {t['minus_full']:+10.1%}  "
-              f"{less:>5} to {more:5}  {t['retention'] or math.nan:6.1%}  {t['context_tokens']:7.0f}  "
+              f"{less:>5} to {more:5} {retention:10.1%}  {t['context_tokens']:7.0f}  "
               f"{t['new_tokens']:3.0f}  {t['seconds']:4.1f}  {name}")
     Path(f"{out}.tmp").write_text(json.dumps({"table": table, "model": made_for, "config": vars(args)}, indent=1))
     os.replace(f"{out}.tmp", out.with_suffix(".json"))

@@ -62,8 +62,8 @@ def load_frozen(name, device="auto"):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype="bfloat16" if native else "float32", attn_implementation="sdpa", output_loading_info=True)
         model = model.to(device).requires_grad_(False).eval()
-        ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
-        ends = sorted({*ends} - {None})                     # folders disagree on what ends a turn: each of these does
+        ends = model.generation_config.eos_token_id         # folders disagree on what ends a turn: each of these does
+        ends = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
         whole = chat_ids(tokenizer, chat) == joint          # no message is left out, moved, or joined to other words
         if info["missing_keys"] or not ends or not whole:
             raise ValueError(f"expected every weight, found {len(info['missing_keys'])} missing; an end of turn, found "
@@ -73,7 +73,7 @@ def load_frozen(name, device="auto"):
     flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
     model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
-    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest has it
+    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's is in longest
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     sample = [key.encode() + w.flatten()[::997].bfloat16().view(torch.int16).cpu().numpy().tobytes()
               for key, w in model.named_parameters()]
@@ -124,7 +124,7 @@ def load(path, kind, maker, model=None):
         if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint:
             raise ValueError(f"{artifact['kind']} made for the weights of {artifact['model']['name']}")
     except Exception as e:                                  # a damaged file raises many types; each means the same
-        fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
+        fail(f"{path}: expected a whole [{kind.upper()}] for this model, found {e!r}; make it with: {maker}")
     return artifact
 # --- end shared -------------------------------------------------------------------------------
 
@@ -145,8 +145,7 @@ def read(model, learned, ids, positions, owners, cache=None):
     see = ((owners == -1) | (owners == owners[-len(ids):, None])).tril(len(owners) - len(ids))          # (t, T)
     mask = torch.where(see, 0.0, torch.finfo(model.dtype).min).to(model.device, model.dtype)[None, None]
     embeds, positions = embed(model, ids[None].to(model.device), learned), positions[None].to(model.device)
-    out = model.get_decoder()(None, mask, positions, cache, embeds, use_cache=cache is not None)
-    return out.last_hidden_state[0]
+    return model.get_decoder()(None, mask, positions, cache, embeds, use_cache=cache is not None).last_hidden_state[0]
 
 
 @torch.no_grad()
@@ -171,10 +170,10 @@ def answer(model, rows, learned, limit, pack_tokens=4096):
                 break
             owners = torch.cat([owners, torch.arange(len(part))])
             h = read(model, learned, said[-1], end + len(said) - 1, owners, cache)
-        for tokens, h, e in zip(torch.stack(said, 1).tolist(), torch.stack(states, 1).cpu(), ended):
+        for tokens, row_states, e in zip(torch.stack(said, 1).tolist(), torch.stack(states, 1).cpu(), ended):
             length = int(e.int().argmax()) + 1 if e.any() else len(tokens)
             answers.append(tokens[:length])
-            hidden.append(h[:length].clone())
+            hidden.append(row_states[:length].clone())
     return answers, hidden
 # --- end shared -------------------------------------------------------------------------------
 
@@ -187,7 +186,8 @@ def answer_hidden(model, rows, answers, learned):
         halves = slice(None, len(rows) // 2), slice(len(rows) // 2, None)
         return torch.cat([answer_hidden(model, rows[half], answers[half], learned) for half in halves])
     last = torch.tensor([len(row) - 1 for row in rows])     # a row's last id predicts its answer's first token
-    return read(model, learned, ids, positions, owners)[(owners >= 0) & (positions >= last[owners])]
+    predicts = (owners >= 0) & (positions >= last[owners])                                                  # (T,)
+    return read(model, learned, ids, positions, owners)[predicts]
 # --- end shared -------------------------------------------------------------------------------
 
 # --- shared: read_queries ---------------------------------------------------------------------
@@ -204,7 +204,7 @@ def read_queries(path):
             row = json.loads(line) if is_json else {"query": line}
             texts = [row[key] for key in ("question", "query", "instruction", "input") if row.get(key)]
             turns = row.get("messages") or [{"role": "user", "content": "\n\n".join(texts)}]
-            turns = [{"role": m["role"], "content": m["content"].strip()} for m in turns]
+            turns = [{"role": m["role"], "content": m["content"].strip().encode().decode()} for m in turns]
             roles = [m["role"] for m in turns]
             if roles[-1] != "user" or not turns[-1]["content"] or {*roles} - {"user", "assistant"}:
                 raise ValueError(f"turns of {roles}")
@@ -226,15 +226,16 @@ def main():
     args.queries = args.queries or re.sub(r"\.(txt|json|md)$", "", artifact["config"]["prompt"]) + ".test.txt"
     asked = read_queries(args.queries)
     chats = [chat for chat in asked if chat not in artifact.get("trained_on", [])]
-    print(f"{args.queries}: {len(chats)} test queries; {len(asked) - len(chats)} left out, as trained on")
+    print(f"{args.queries}: {len(chats)} test queries; {len(asked) - len(chats)} left out, listed in it as trained on")
     if len(chats) < 2:
         fail(f"--queries {args.queries}: expected two or more that [BE] was not trained on, found {len(chats)}")
     if not os.access(Path(args.out).parent, os.W_OK):
         fail(f"--out {args.out}: expected a folder that can be written to, found none; give another --out")
     model, tokenizer = load_frozen(args.model, args.device)
-    load(args.be, "be", "python stage2_kd.py --prompt PROMPT", model)
+    load(args.be, "be", "python stage2_kd.py --prompt PROMPT", model)                       # made for these weights?
+    tokenizer.model_max_length -= args.answer_tokens        # so that chat_ids leaves room for the answer
 
-    # what is fed: the prompt or, in its place, [BE]; nothing; the noise that a [BE] begins as; the prompt's beginning
+    # what is fed: the prompt or, in its place, [BE]; nothing; the noise that a [BE] begins as; its first message cut
     table, weight = model.get_input_embeddings().weight.float(), model.get_output_embeddings().weight   # (V, d) both
     k, generator = len(artifact["vector"]), torch.Generator().manual_seed(1)
     noise = table.mean(0) + table.std(0) * torch.randn(k, table.shape[1], generator=generator).to(table)
@@ -269,7 +270,6 @@ def main():
             "gap_closed": 1 - (kl.sum() / none.sum()).item(), "gap_closed_95": [low, high],
             "tokens": sum(map(len, fed[name])) / n, "kl_by_query": kl.tolist()}
         print("{:24}{kl:8.4f}{top1:8.1%}{gap_closed:12.3f}{:9.3f} to {:.3f}{tokens:12.0f}".format(name, low, high, **r))
-
     found = {"settings": vars(args), "n": n, "answer_tokens": tokens, "queries": chats, "controls": controls}
     Path(f"{args.out}.tmp").write_text(json.dumps(found, indent=1), encoding="utf-8")
     os.replace(f"{args.out}.tmp", args.out)

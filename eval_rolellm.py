@@ -1,8 +1,8 @@
 """RoleBench: does [BE] play the part as well as the prompt that it stands for? Three answers to each test question.
 
     full   <sys> prompt </sys> <user> q </user> <assistant>      be, none: the same with [BE], or nothing, in its place
-    ROUGE-L F against RoleBench's references, and against full's answers: _teacher        retention = be / full
-    gap closed = 1 - KL(be) / KL(none), over the first 32 tokens of full's answers, or as an earlier artifact says
+    full, be, none: ROUGE-L F against RoleBench's references, and as ..._teacher against full's own answers
+    retention = be / full        gap closed = 1 - KL(be) / KL(none), over the first 32 tokens of full's answers
 
     python data/rolellm/prepare.py              # once: RoleBench, and each role's prompt for stages 1 and 2
     python eval_rolellm.py                      # the six of artifacts/roles -> out/rolellm.md, out/rolellm.json
@@ -72,8 +72,8 @@ def load_frozen(name, device="auto"):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype="bfloat16" if native else "float32", attn_implementation="sdpa", output_loading_info=True)
         model = model.to(device).requires_grad_(False).eval()
-        ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
-        ends = sorted({*ends} - {None})                     # folders disagree on what ends a turn: each of these does
+        ends = model.generation_config.eos_token_id         # folders disagree on what ends a turn: each of these does
+        ends = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
         whole = chat_ids(tokenizer, chat) == joint          # no message is left out, moved, or joined to other words
         if info["missing_keys"] or not ends or not whole:
             raise ValueError(f"expected every weight, found {len(info['missing_keys'])} missing; an end of turn, found "
@@ -83,7 +83,7 @@ def load_frozen(name, device="auto"):
     flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
     model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
-    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest has it
+    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's is in longest
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     sample = [key.encode() + w.flatten()[::997].bfloat16().view(torch.int16).cpu().numpy().tobytes()
               for key, w in model.named_parameters()]
@@ -134,7 +134,7 @@ def load(path, kind, maker, model=None):
         if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint:
             raise ValueError(f"{artifact['kind']} made for the weights of {artifact['model']['name']}")
     except Exception as e:                                  # a damaged file raises many types; each means the same
-        fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
+        fail(f"{path}: expected a whole [{kind.upper()}] for this model, found {e!r}; make it with: {maker}")
     return artifact
 # --- end shared -------------------------------------------------------------------------------
 
@@ -155,8 +155,7 @@ def read(model, learned, ids, positions, owners, cache=None):
     see = ((owners == -1) | (owners == owners[-len(ids):, None])).tril(len(owners) - len(ids))          # (t, T)
     mask = torch.where(see, 0.0, torch.finfo(model.dtype).min).to(model.device, model.dtype)[None, None]
     embeds, positions = embed(model, ids[None].to(model.device), learned), positions[None].to(model.device)
-    out = model.get_decoder()(None, mask, positions, cache, embeds, use_cache=cache is not None)
-    return out.last_hidden_state[0]
+    return model.get_decoder()(None, mask, positions, cache, embeds, use_cache=cache is not None).last_hidden_state[0]
 
 
 @torch.no_grad()
@@ -181,10 +180,10 @@ def answer(model, rows, learned, limit, pack_tokens=4096):
                 break
             owners = torch.cat([owners, torch.arange(len(part))])
             h = read(model, learned, said[-1], end + len(said) - 1, owners, cache)
-        for tokens, h, e in zip(torch.stack(said, 1).tolist(), torch.stack(states, 1).cpu(), ended):
+        for tokens, row_states, e in zip(torch.stack(said, 1).tolist(), torch.stack(states, 1).cpu(), ended):
             length = int(e.int().argmax()) + 1 if e.any() else len(tokens)
             answers.append(tokens[:length])
-            hidden.append(h[:length].clone())
+            hidden.append(row_states[:length].clone())
     return answers, hidden
 # --- end shared -------------------------------------------------------------------------------
 
@@ -197,7 +196,8 @@ def answer_hidden(model, rows, answers, learned):
         halves = slice(None, len(rows) // 2), slice(len(rows) // 2, None)
         return torch.cat([answer_hidden(model, rows[half], answers[half], learned) for half in halves])
     last = torch.tensor([len(row) - 1 for row in rows])     # a row's last id predicts its answer's first token
-    return read(model, learned, ids, positions, owners)[(owners >= 0) & (positions >= last[owners])]
+    predicts = (owners >= 0) & (positions >= last[owners])                                                  # (T,)
+    return read(model, learned, ids, positions, owners)[predicts]
 # --- end shared -------------------------------------------------------------------------------
 
 
@@ -212,7 +212,7 @@ def read_roles(args):
             references += [row["generated"]] if isinstance(row["generated"], str) else row["generated"] or []
         files = {role: Path(args.artifacts, role.replace(" ", "_") + ".pt") for role in about if role in test}
         names = args.roles or [role for role in files if beside(files[role]).exists()]
-        roles = {r: (files[r], about[r], dict([*test[r].items()][:args.num_questions])) for r in names}
+        roles = {r: (files[r], about[r], dict([*test[r].items()][:args.num_questions or None])) for r in names}
         bare = [(r, q) for r in names for q, references in roles[r][2].items() if not "".join(references).strip()]
     except Exception as e:
         fail(f"--data {args.data}: expected RoleBench's layout with these roles in it: {type(e).__name__}: {e}; "
@@ -247,6 +247,7 @@ def main():
     model, tokenizer = load_frozen(args.model, args.device)
     weight, ends = model.get_output_embeddings().weight, model.generation_config.eos_token_id
     maker = f"python stage2_kd.py --model {args.model}, with the role's --prompt and --out"
+    tokenizer.model_max_length -= args.max_new_tokens       # so that chat_ids leaves room for the answer
     artifacts = {role: load(path, "be", maker, model) for role, (path, _, _) in roles.items()}
     scorer = RougeScorer(["rougeL"], tokenizer=types.SimpleNamespace(tokenize=lambda text: WORD.findall(text.lower())))
 
@@ -270,7 +271,7 @@ def main():
                     answers[keys[i]] = {
                         "key": keys[i], "role": role, "condition": condition, "question": chats[i][0]["content"],
                         "answer": tokenizer.decode(ids, skip_special_tokens=True).strip(),
-                        "tokens": len(ids) - (ids[-1] in ends), "ids": ids}
+                        "tokens": len(ids) - (ids[-1] in ends)}
                 Path(f"{kept}.tmp").write_text("".join(json.dumps(row) + "\n" for row in answers.values()))
                 os.replace(f"{kept}.tmp", kept)             # whole or not at all
             said[condition] = [answers[key] for key in keys]
@@ -284,17 +285,14 @@ def main():
                 r[condition + name] = sum(scores) / len(scores)
         r["retention"] = r["be"] / (r["full"] or math.nan)
 
-        # KL from the full prompt in nats a token; earlier artifacts bring stage 2's own table along
-        first, kl = [row.get("ids", [])[:32] for row in said["full"]], dict.fromkeys(fed, 0.0)
-        earlier = [row for name, row in be["metrics"].get("controls", {}).items() if name.startswith("[BE]")]
-        for i in [] if earlier else range(0, len(chats), 8):
+        # KL from the full prompt, in nats a token of its answers
+        first, kl = [text_ids(tokenizer, text)[:32] for text in texts["full"]], dict.fromkeys(fed, 0.0)
+        for i in range(0, len(chats), 8):
             hidden = {c: answer_hidden(model, rows[i:i + 8], first[i:i + 8], vector) for c, rows in fed.items()}
             logp = {c: F.log_softmax((h @ weight.T).float(), -1) for c, h in hidden.items()}        # (sum T, V) each
             for c in fed:
                 kl[c] += F.kl_div(logp[c], logp["full"], reduction="sum", log_target=True).item()
-        r["kl"] = earlier[0]["kl"] if earlier else kl["be"] / sum(map(len, first))
-        r["gap_closed"] = earlier[0]["gap_closed"] if earlier else 1 - kl["be"] / kl["none"]
-
+        r |= {"kl": kl["be"] / sum(map(len, first)), "gap_closed": 1 - kl["be"] / kl["none"]}
         table.append(r)
 
     # means over roles; retention's is the ratio of two means

@@ -63,8 +63,8 @@ def load_frozen(name, device="auto"):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype="bfloat16" if native else "float32", attn_implementation="sdpa", output_loading_info=True)
         model = model.to(device).requires_grad_(False).eval()
-        ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
-        ends = sorted({*ends} - {None})                     # folders disagree on what ends a turn: each of these does
+        ends = model.generation_config.eos_token_id         # folders disagree on what ends a turn: each of these does
+        ends = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
         whole = chat_ids(tokenizer, chat) == joint          # no message is left out, moved, or joined to other words
         if info["missing_keys"] or not ends or not whole:
             raise ValueError(f"expected every weight, found {len(info['missing_keys'])} missing; an end of turn, found "
@@ -74,7 +74,7 @@ def load_frozen(name, device="auto"):
     flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
     model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
-    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest has it
+    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's is in longest
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     sample = [key.encode() + w.flatten()[::997].bfloat16().view(torch.int16).cpu().numpy().tobytes()
               for key, w in model.named_parameters()]
@@ -116,7 +116,7 @@ def load(path, kind, maker, model=None):
         if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint:
             raise ValueError(f"{artifact['kind']} made for the weights of {artifact['model']['name']}")
     except Exception as e:                                  # a damaged file raises many types; each means the same
-        fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
+        fail(f"{path}: expected a whole [{kind.upper()}] for this model, found {e!r}; make it with: {maker}")
     return artifact
 # --- end shared -------------------------------------------------------------------------------
 

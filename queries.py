@@ -70,8 +70,8 @@ def main():
             raise ValueError("it is empty")
     except Exception as e:                                      # each of many types means the same
         fail(f'--prompt {args.prompt}: expected a text in UTF-8, or a .json {{"messages": [...]}}: {e}')
-    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = found if args.device == "auto" else args.device
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = best if args.device == "auto" else args.device
     try:
         transformers.utils.logging.disable_progress_bar()
         local = Path(name).is_dir() or args.model.startswith(("models/", ".", "/"))     # else the hub is asked for it
@@ -88,8 +88,8 @@ def main():
     if max(map(len, rows)) + 200 > model.config.max_position_embeddings:
         fail(f"--prompt {args.prompt}: {max(map(len, rows))} tokens, and 200 of an answer, are more than the context")
 
-    ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
-    ends = sorted({*ends} - {None})                             # folders disagree on what ends a turn: all of them do
+    ends = model.generation_config.eos_token_id                 # folders disagree on what ends a turn: all of them do
+    ends = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
     torch.manual_seed(args.seed)
     found, bar = {}, tqdm(total=args.count, desc="queries")
     for i in range(10 + args.count // 10):                      # a model that asks little comes to an end, too

@@ -35,8 +35,8 @@ def settings():
     add("--lr", type=float, help="peak; None is 0.22 standard deviations of the embedding table")
     add("--max-tokens", type=int, default=1024, help="longer texts are cut here")
     add("--held-out", type=int, default=64, help="texts that only choose the best vector")
-    add("--eval-every", type=int, default=30, help="steps between two looks at the held-out texts, and two saves")
-    add("--seed", type=int, default=0, help="of the start, the split and the order of texts")
+    add("--eval-every", type=int, default=30, help="a look at the held-out texts, and a save, every so many steps")
+    add("--seed", type=int, default=0, help="random seed: of the start, the split and the order of texts")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="auto: the first that is there")
     return p.parse_args()
 
@@ -71,8 +71,8 @@ def load_frozen(name, device="auto"):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype="bfloat16" if native else "float32", attn_implementation="sdpa", output_loading_info=True)
         model = model.to(device).requires_grad_(False).eval()
-        ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
-        ends = sorted({*ends} - {None})                     # folders disagree on what ends a turn: each of these does
+        ends = model.generation_config.eos_token_id         # folders disagree on what ends a turn: each of these does
+        ends = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
         whole = chat_ids(tokenizer, chat) == joint          # no message is left out, moved, or joined to other words
         if info["missing_keys"] or not ends or not whole:
             raise ValueError(f"expected every weight, found {len(info['missing_keys'])} missing; an end of turn, found "
@@ -82,7 +82,7 @@ def load_frozen(name, device="auto"):
     flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
     model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
-    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest has it
+    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's is in longest
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     sample = [key.encode() + w.flatten()[::997].bfloat16().view(torch.int16).cpu().numpy().tobytes()
               for key, w in model.named_parameters()]
@@ -133,7 +133,7 @@ def load(path, kind, maker, model=None):
         if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint:
             raise ValueError(f"{artifact['kind']} made for the weights of {artifact['model']['name']}")
     except Exception as e:                                  # a damaged file raises many types; each means the same
-        fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
+        fail(f"{path}: expected a whole [{kind.upper()}] for this model, found {e!r}; make it with: {maker}")
     return artifact
 # --- end shared -------------------------------------------------------------------------------
 
@@ -174,9 +174,9 @@ def main():
     texts = read_texts(args.data)
     random.Random(args.seed).shuffle(texts)
     held, train = texts[:args.held_out], texts[args.held_out:]
-    if len(train) < args.batch or args.batch % world or min(args.steps, args.batch, len(held)) < 1:
-        fail(f"expected --steps, --held-out and --batch, a multiple of {world} processes, above 0, and texts of 200 "
-             f"characters, found {len(texts)} in {args.data}; make more: python data/ae_corpus/prepare.py --offline")
+    if len(train) < args.batch or args.batch % world or min(args.steps, args.batch, args.eval_every, len(held)) < 1:
+        fail(f"expected counts above 0, --batch a multiple of {world}, and {args.held_out + args.batch} texts of 200 "
+             f"characters; found {len(texts)} in {args.data}; make more: python data/ae_corpus/prepare.py --offline")
     if rank == 0:
         save(args.out)
     model, tokenizer = load_frozen(args.model, args.device)
@@ -185,7 +185,7 @@ def main():
     table = model.get_input_embeddings().weight             # [AE] lives among these rows
     mean, std, lr = table.float().mean(0), table.float().std(0), args.lr or 0.22 * table.float().std().item()
 
-    # x_1 ... x_n stand where a system message would, as [BE] will: models are odd at position 0
+    # x_1 ... x_n stand where a system message would, as [BE] will: at position 0 a model has other states than anywhere
     slot, end = [-1], model.generation_config.eos_token_id[-1]          # any end of turn would do
     words = chat_ids(tokenizer, [{"role": "system", "content": slot}, {"role": "user", "content": "?"}])
     words = words[:words.index(-1)]

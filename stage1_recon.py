@@ -27,13 +27,13 @@ def settings():
     add = p.add_argument
     add("--prompt", required=True, help="the system prompt: a text file, or a .json with a messages list")
     add("--model", default="models/smollm2-135m", help="hub name or folder of a Llama or Qwen chat model")
-    add("--ae", default="artifacts/ae-smollm2-135m.pt", help="stage 0's artifact; none: a memory token, [BE] alone")
+    add("--ae", default="artifacts/ae-smollm2-135m.pt", help="stage 0's artifact; none: [BE] alone gives P back")
     add("--out", default="out/recon.pt", help="the artifact, for stage 2")
     add("--resume", action="store_true", help="go on from --out")
     add("--k", type=int, default=1, help="vectors to learn; the paper's is 1")
     add("--steps", type=int, default=60, help="optimizer steps; four vectors and more want thousands")
     add("--lr", type=float, help="peak; None is 0.22 standard deviations of the embedding table")
-    add("--seed", type=int, default=0, help="of the start")
+    add("--seed", type=int, default=0, help="random seed of the start")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="auto: the first that is there")
     return p.parse_args()
 
@@ -68,8 +68,8 @@ def load_frozen(name, device="auto"):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype="bfloat16" if native else "float32", attn_implementation="sdpa", output_loading_info=True)
         model = model.to(device).requires_grad_(False).eval()
-        ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
-        ends = sorted({*ends} - {None})                     # folders disagree on what ends a turn: each of these does
+        ends = model.generation_config.eos_token_id         # folders disagree on what ends a turn: each of these does
+        ends = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
         whole = chat_ids(tokenizer, chat) == joint          # no message is left out, moved, or joined to other words
         if info["missing_keys"] or not ends or not whole:
             raise ValueError(f"expected every weight, found {len(info['missing_keys'])} missing; an end of turn, found "
@@ -79,7 +79,7 @@ def load_frozen(name, device="auto"):
     flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
     model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
-    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest has it
+    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's is in longest
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     sample = [key.encode() + w.flatten()[::997].bfloat16().view(torch.int16).cpu().numpy().tobytes()
               for key, w in model.named_parameters()]
@@ -126,7 +126,7 @@ def read_prompt(path):
     try:
         text = beside(path).read_text(encoding="utf-8-sig")
         prompt = [{"role": "system", "content": text}] if path[-5:].lower() != ".json" else json.loads(text)["messages"]
-        messages = [{"role": m["role"], "content": m["content"].strip()} for m in prompt]
+        messages = [{"role": m["role"], "content": m["content"].strip().encode().decode()} for m in prompt]
         if not any(m["content"] for m in messages) or messages[-1]["role"] == "user":
             raise ValueError("it is empty, or ends with the user's turn")
     except Exception as e:                                  # each of many types means the same
@@ -152,7 +152,7 @@ def load(path, kind, maker, model=None):
         if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint:
             raise ValueError(f"{artifact['kind']} made for the weights of {artifact['model']['name']}")
     except Exception as e:                                  # a damaged file raises many types; each means the same
-        fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
+        fail(f"{path}: expected a whole [{kind.upper()}] for this model, found {e!r}; make it with: {maker}")
     return artifact
 # --- end shared -------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ The teacher answers each query once, before training; of every answer token its 
 (Paper, stage 2 and combined objective; the factor tau^2, which keeps the gradient's scale, is not in its formula.)
 
     python stage2_kd.py --prompt prompts/pirate.txt                  # out/recon.pt, pirate.queries.txt -> out/be.pt
-    python stage2_kd.py --prompt p.txt --queries q.jsonl             # rows with a question, query or messages
+    python stage2_kd.py --prompt p.txt --queries q.jsonl             # rows with a question, instruction, messages
     python stage2_kd.py --prompt p.txt --init noise --k 4 --lam 1   # distillation alone, four vectors, no stage 1
     python stage2_kd.py --prompt p.txt --resume                      # the same command again: a killed run goes on
     torchrun --nproc_per_node=8 stage2_kd.py --prompt p.txt --batch 64      # a share of each batch to a GPU
@@ -43,8 +43,8 @@ def settings():
     add("--lr", type=float, help="peak; None is 0.9 standard deviations of the embedding table")
     add("--answer-tokens", type=int, default=32, help="the teacher's answers are cut here")
     add("--held-out", type=float, default=0.15, help="share of the queries that choose the best vector, at most 32")
-    add("--eval-every", type=int, default=50, help="steps between two looks at the held-out queries, and two saves")
-    add("--seed", type=int, default=0, help="of the start, the split and the order of queries")
+    add("--eval-every", type=int, default=50, help="a look at the held-out queries, and a save, every so many steps")
+    add("--seed", type=int, default=0, help="random seed: of the start, the split and the order of queries")
     add("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="auto: the first that is there")
     return p.parse_args()
 
@@ -79,8 +79,8 @@ def load_frozen(name, device="auto"):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype="bfloat16" if native else "float32", attn_implementation="sdpa", output_loading_info=True)
         model = model.to(device).requires_grad_(False).eval()
-        ends = torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist() + [tokenizer.eos_token_id]
-        ends = sorted({*ends} - {None})                     # folders disagree on what ends a turn: each of these does
+        ends = model.generation_config.eos_token_id         # folders disagree on what ends a turn: each of these does
+        ends = sorted({*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None})
         whole = chat_ids(tokenizer, chat) == joint          # no message is left out, moved, or joined to other words
         if info["missing_keys"] or not ends or not whole:
             raise ValueError(f"expected every weight, found {len(info['missing_keys'])} missing; an end of turn, found "
@@ -90,7 +90,7 @@ def load_frozen(name, device="auto"):
     flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
     model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
-    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's longest has it
+    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's is in longest
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     sample = [key.encode() + w.flatten()[::997].bfloat16().view(torch.int16).cpu().numpy().tobytes()
               for key, w in model.named_parameters()]
@@ -137,7 +137,7 @@ def read_prompt(path):
     try:
         text = beside(path).read_text(encoding="utf-8-sig")
         prompt = [{"role": "system", "content": text}] if path[-5:].lower() != ".json" else json.loads(text)["messages"]
-        messages = [{"role": m["role"], "content": m["content"].strip()} for m in prompt]
+        messages = [{"role": m["role"], "content": m["content"].strip().encode().decode()} for m in prompt]
         if not any(m["content"] for m in messages) or messages[-1]["role"] == "user":
             raise ValueError("it is empty, or ends with the user's turn")
     except Exception as e:                                  # each of many types means the same
@@ -163,7 +163,7 @@ def load(path, kind, maker, model=None):
         if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint:
             raise ValueError(f"{artifact['kind']} made for the weights of {artifact['model']['name']}")
     except Exception as e:                                  # a damaged file raises many types; each means the same
-        fail(f"{path}: expected a whole {kind} for this model, found {type(e).__name__}: {e}; make it with: {maker}")
+        fail(f"{path}: expected a whole [{kind.upper()}] for this model, found {e!r}; make it with: {maker}")
     return artifact
 # --- end shared -------------------------------------------------------------------------------
 
@@ -196,8 +196,7 @@ def read(model, learned, ids, positions, owners, cache=None):
     see = ((owners == -1) | (owners == owners[-len(ids):, None])).tril(len(owners) - len(ids))          # (t, T)
     mask = torch.where(see, 0.0, torch.finfo(model.dtype).min).to(model.device, model.dtype)[None, None]
     embeds, positions = embed(model, ids[None].to(model.device), learned), positions[None].to(model.device)
-    out = model.get_decoder()(None, mask, positions, cache, embeds, use_cache=cache is not None)
-    return out.last_hidden_state[0]
+    return model.get_decoder()(None, mask, positions, cache, embeds, use_cache=cache is not None).last_hidden_state[0]
 
 
 @torch.no_grad()
@@ -222,10 +221,10 @@ def answer(model, rows, learned, limit, pack_tokens=4096):
                 break
             owners = torch.cat([owners, torch.arange(len(part))])
             h = read(model, learned, said[-1], end + len(said) - 1, owners, cache)
-        for tokens, h, e in zip(torch.stack(said, 1).tolist(), torch.stack(states, 1).cpu(), ended):
+        for tokens, row_states, e in zip(torch.stack(said, 1).tolist(), torch.stack(states, 1).cpu(), ended):
             length = int(e.int().argmax()) + 1 if e.any() else len(tokens)
             answers.append(tokens[:length])
-            hidden.append(h[:length].clone())
+            hidden.append(row_states[:length].clone())
     return answers, hidden
 # --- end shared -------------------------------------------------------------------------------
 
@@ -238,7 +237,8 @@ def answer_hidden(model, rows, answers, learned):
         halves = slice(None, len(rows) // 2), slice(len(rows) // 2, None)
         return torch.cat([answer_hidden(model, rows[half], answers[half], learned) for half in halves])
     last = torch.tensor([len(row) - 1 for row in rows])     # a row's last id predicts its answer's first token
-    return read(model, learned, ids, positions, owners)[(owners >= 0) & (positions >= last[owners])]
+    predicts = (owners >= 0) & (positions >= last[owners])                                                  # (T,)
+    return read(model, learned, ids, positions, owners)[predicts]
 # --- end shared -------------------------------------------------------------------------------
 
 # --- shared: read_queries ---------------------------------------------------------------------
@@ -255,7 +255,7 @@ def read_queries(path):
             row = json.loads(line) if is_json else {"query": line}
             texts = [row[key] for key in ("question", "query", "instruction", "input") if row.get(key)]
             turns = row.get("messages") or [{"role": "user", "content": "\n\n".join(texts)}]
-            turns = [{"role": m["role"], "content": m["content"].strip()} for m in turns]
+            turns = [{"role": m["role"], "content": m["content"].strip().encode().decode()} for m in turns]
             roles = [m["role"] for m in turns]
             if roles[-1] != "user" or not turns[-1]["content"] or {*roles} - {"user", "assistant"}:
                 raise ValueError(f"turns of {roles}")
@@ -300,9 +300,10 @@ def main():
     random.Random(args.seed).shuffle(chats)
     held = range(min(32, max(1, round(args.held_out * len(chats)))))                # the first ones are held out
     train = range(len(held), len(chats))
-    if min(args.k, args.steps, args.batch) < 1 or len(train) < args.batch or args.batch % world:
-        fail(f"expected --k and --steps above 0, and at least --batch {args.batch} queries to train on, a multiple of "
-             f"{world} processes; found {len(train)} after {len(held)} held out; give more queries, or another --batch")
+    counts = args.k, args.steps, args.batch, args.recon_every, args.eval_every
+    if min(counts) < 1 or len(train) < args.batch or args.batch % world:
+        fail(f"expected all counts above 0, --batch {args.batch} a multiple of {world}, so many queries to train on; "
+             f"found {len(train)} after {len(held)} held out; give more queries, or another --batch")
     if args.init == "noise" and args.lam < 1:
         fail("--init noise has no [AE] for L_recon: add --lam 1, or run stage 1 first")
     if rank == 0:
@@ -326,7 +327,7 @@ def main():
     if args.resume:
         saved = load(args.out, "be", f"{sys.argv[0]}, without --resume", model)
         asked = saved["messages"], saved.get("trained_on"), saved["config"] | {"resume": True}
-        if asked != (messages, chats, vars(args)) or "run" not in saved:
+        if asked != (messages, chats, vars(args)) or "run" not in saved or saved["vector"].shape != be.shape:
             fail(f"--resume: {args.out} holds no run of these settings; give the same ones, or leave --resume out")
         first, best, history = saved["run"]["step"], saved["run"]["best"], saved["history"]
         be.data.copy_(saved["run"]["be"])
@@ -334,9 +335,10 @@ def main():
 
     # the data: what the teacher reads and answers, and what the student reads in its place
     s, slot = prompt_ids(tokenizer, messages), [-1 - i for i in range(len(start))]
+    tokenizer.model_max_length -= args.answer_tokens        # so that chat_ids leaves room for the answer
     full = [chat_ids(tokenizer, messages + chat) for chat in chats]
     rows = [chat_ids(tokenizer, [{"role": "system", "content": slot}] + chat) for chat in chats]
-    empty = [chat_ids(tokenizer, [{"role": "system", "content": []}] + chat) for chat in chats]
+    empty = [chat_ids(tokenizer, [{"role": "system", "content": []}] + chats[i]) for i in held]
     print(f"{args.prompt}: {len(s)} tokens -> k = {len(slot)}; {len(train)} queries to train on, {len(held)} held out")
     key = str([model.fingerprint, model.dtype, full, model.generation_config.eos_token_id, args.answer_tokens])
     teacher_file = Path(args.out).with_name(f"teacher-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt")
@@ -371,9 +373,8 @@ def main():
         tokens = sum(len(answers[i]) for i in batch)
         batch = batch[rank::world]
         with autocast:                                          # [BE] and query in; out, what prompt and query give
-            student = answer_hidden(model, [rows[i] for i in batch], [answers[i] for i in batch], be)   # (sum T, d)
-            teacher_h = torch.cat([taught[i] for i in batch]).to(student)                               # (sum T, d)
-            kd = HeadKL.apply(student, teacher_h, weight, args.tau).sum() / tokens
+            hidden = answer_hidden(model, [rows[i] for i in batch], [answers[i] for i in batch], be)    # (sum T, d)
+            kd = HeadKL.apply(hidden, torch.cat([taught[i] for i in batch]).to(hidden), weight, args.tau).sum() / tokens
         (args.lam * kd).backward()
         if rank == 0 and args.lam < 1 and step % args.recon_every == 0:
             model.set_attn_implementation(model.long_rows)      # one row, no mask; a pack has one
