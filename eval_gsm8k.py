@@ -128,11 +128,10 @@ def chat_ids(tokenizer, messages, generate=True):
 def load(path, kind, maker, model=None):
     """A whole artifact of this kind, made for this model; else one line that names the command that makes it."""
     try:
-        if zipfile.ZipFile(beside(path)).testzip():         # the zip's own checksums
-            raise ValueError("a wrong checksum")
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
-        if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint:
-            raise ValueError(f"{artifact['kind']} made for the weights of {artifact['model']['name']}")
+        other = artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint
+        if other or zipfile.ZipFile(beside(path)).testzip():                    # the zip's own checksums
+            raise ValueError(f"{artifact['kind']} of {artifact['model']['name']}, or a wrong checksum")
     except Exception as e:                                  # a damaged file raises many types; each means the same
         fail(f"{path}: expected a whole [{kind.upper()}] for this model, found {e!r}; make it with: {maker}")
     return artifact

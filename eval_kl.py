@@ -118,11 +118,10 @@ def chat_ids(tokenizer, messages, generate=True):
 def load(path, kind, maker, model=None):
     """A whole artifact of this kind, made for this model; else one line that names the command that makes it."""
     try:
-        if zipfile.ZipFile(beside(path)).testzip():         # the zip's own checksums
-            raise ValueError("a wrong checksum")
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
-        if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint:
-            raise ValueError(f"{artifact['kind']} made for the weights of {artifact['model']['name']}")
+        other = artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint
+        if other or zipfile.ZipFile(beside(path)).testzip():                    # the zip's own checksums
+            raise ValueError(f"{artifact['kind']} of {artifact['model']['name']}, or a wrong checksum")
     except Exception as e:                                  # a damaged file raises many types; each means the same
         fail(f"{path}: expected a whole [{kind.upper()}] for this model, found {e!r}; make it with: {maker}")
     return artifact
@@ -207,11 +206,11 @@ def read_queries(path):
             turns = [{"role": m["role"], "content": m["content"].strip().encode().decode()} for m in turns]
             roles = [m["role"] for m in turns]
             if roles[-1] != "user" or not turns[-1]["content"] or {*roles} - {"user", "assistant"}:
-                raise ValueError(f"turns of {roles}")
+                raise ValueError(f"no text, or turns of {roles}")
             chats[json.dumps(turns)] = turns
     except Exception as e:                                  # each of many types means the same
         fail(f"{where}: expected a text in UTF-8, or in a .jsonl rows with a question, query, instruction or messages "
-             f"that end with the user's; found {type(e).__name__}: {e}; the model itself asks some: python queries.py")
+             f"that end with the user's; found {type(e).__name__}: {e}; to get some: python queries.py --prompt FILE")
     return list(chats.values())
 # --- end shared -------------------------------------------------------------------------------
 
@@ -229,8 +228,8 @@ def main():
     print(f"{args.queries}: {len(chats)} test queries; {len(asked) - len(chats)} left out, listed in it as trained on")
     if len(chats) < 2:
         fail(f"--queries {args.queries}: expected two or more that [BE] was not trained on, found {len(chats)}")
-    if not os.access(Path(args.out).parent, os.W_OK):
-        fail(f"--out {args.out}: expected a folder that can be written to, found none; give another --out")
+    if not args.out.endswith(".json") or not os.access(f"{Path(args.out).parent}/", os.W_OK):
+        fail(f"--out {args.out}: expected a name in .json, in a folder that can be written to; give another --out")
     model, tokenizer = load_frozen(args.model, args.device)
     load(args.be, "be", "python stage2_kd.py --prompt PROMPT", model)                       # made for these weights?
     tokenizer.model_max_length -= args.answer_tokens        # so that chat_ids leaves room for the answer

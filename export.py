@@ -110,11 +110,10 @@ def chat_ids(tokenizer, messages, generate=True):
 def load(path, kind, maker, model=None):
     """A whole artifact of this kind, made for this model; else one line that names the command that makes it."""
     try:
-        if zipfile.ZipFile(beside(path)).testzip():         # the zip's own checksums
-            raise ValueError("a wrong checksum")
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
-        if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint:
-            raise ValueError(f"{artifact['kind']} made for the weights of {artifact['model']['name']}")
+        other = artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint
+        if other or zipfile.ZipFile(beside(path)).testzip():                    # the zip's own checksums
+            raise ValueError(f"{artifact['kind']} of {artifact['model']['name']}, or a wrong checksum")
     except Exception as e:                                  # a damaged file raises many types; each means the same
         fail(f"{path}: expected a whole [{kind.upper()}] for this model, found {e!r}; make it with: {maker}")
     return artifact
@@ -165,8 +164,8 @@ def adapter_files(vector, about, table):
 
 
 def checkpoint_files(vectors, abouts, model, tokenizer, dtype):
-    """The head is untied, for a learned row in it would often be said. There the new tokens have the mean row: its
-    logit is the mean logit, at most 1/V of the probability (Jensen)."""
+    """The head gets a table of its own, for a learned row in it would often be said. There the new tokens have the mean
+    row: its logit is the mean logit, at most 1/V of the probability (Jensen)."""
     ids, state = [i for about in abouts for i in about["ids"]], model.to(getattr(torch, dtype)).state_dict()
     head, rope = state["lm_head.weight"], model.config.rope_parameters
     for name, rows in {"model.embed_tokens.weight": torch.cat(vectors), "lm_head.weight": head.float().mean(0)}.items():
@@ -194,13 +193,15 @@ def main():
     names = [out.name] if len(args.be) == 1 else [Path(path).stem for path in args.be]
     if len({*names}) < len(names) or args.prompt_embeds and len(names) > 1:
         fail(f"expected files of different names, and for --prompt-embeds one; found {args.be}")
-    ours = args.overwrite and (out.is_file() if args.prompt_embeds else (out / "nanobe.json").exists())
-    if not ours and (out.is_file() or out.is_dir() and any(out.iterdir())):
+    ours = (out / "nanobe.json").exists() or out.is_file() and b"prompt_embeds" in out.read_bytes()
+    if not (ours and args.overwrite) and (out.is_file() or out.is_dir() and any(out.iterdir())):
         fail(f"{out}: already there; give another name, or --overwrite if it is an earlier export")
     source = args.model or artifacts[0]["model"]["name"]
     engine = str(beside(source)) if beside(source).is_dir() else source
-    vllm, files, abouts, modules = "python -m vllm.entrypoints.openai.api_server --model", {}, [], []
-    asked, served = {"role": "user", "content": "How do I cook rice?"}, engine
+    files, abouts, modules = {}, [], []                     # {name: content; "" is out itself}; of each artifact
+    served = engine                                         # the model's name on the server
+    asked = {"role": "user", "content": "How do I cook rice?"}
+    vllm = "python -m vllm.entrypoints.openai.api_server --model"
     curl = "curl -H 'Content-Type: application/json' http://127.0.0.1:8000/v1"
 
     if args.prompt_embeds:
@@ -208,7 +209,8 @@ def main():
         torch.save(artifacts[0]["vector"].clone(), file)                                            # (k, d) fp32
         part = {"type": "prompt_embeds", "data": base64.b64encode(file.getvalue()).decode()}
         files[""] = {"role": "system", "content": [part]}
-        lines, system = [f"{vllm} {engine} --enable-prompt-embeds"], f"$(cat {out})"
+        lines = [f"{vllm} {engine} --enable-prompt-embeds"]
+        system = f"$(cat {out})"
     else:
         model, tokenizer = load_frozen(source, "cpu")
         free = unused_tokens(tokenizer, model.generation_config.eos_token_id)
@@ -225,7 +227,7 @@ def main():
                                                  **TEMPLATE)
             unfit = args.adapter and {*tokens} - {*free} or [len(tokens), len({*tokens})] != [k, k]
             if unfit or chat != trained:                    # it is served between the ids that it was trained between
-                fail(f"expected {k} unused special tokens of this model, {free[:8]}, found {tokens}; there is --out")
+                fail(f"expected {k} unused special tokens of this model, {free[:8]}, found {tokens}; --out adds one")
             abouts.append({"name": name, "system message": system["content"], "ids": ids,
                            "base model": source, "fingerprint": be["model"]["fingerprint"],
                            "prompt": {"tokens": be["tokens"], "sha256": hashlib.sha256(prompt.encode()).hexdigest()},

@@ -24,7 +24,7 @@ def settings():
     add("--be", default="out/be.pt", help="the artifact of stage 2, or of stage 1")
     add("--model", help="hub name or folder; None is the model that the artifact was made for")
     add("--query", nargs="+", default=[], help="a question, or several, each on its own; without it, a chat")
-    add("--compare", action="store_true", help="answer with the full prompt, with [BE] and with no prompt")
+    add("--compare", action="store_true", help="full prompt, [BE], no prompt; a chat goes on from [BE]'s answers")
     add("--max-new-tokens", type=int, default=128, help="an answer is cut here")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token; 0.7 varies")
     add("--seed", type=int, default=0, help="of what a temperature draws")
@@ -118,11 +118,10 @@ def chat_ids(tokenizer, messages, generate=True):
 def load(path, kind, maker, model=None):
     """A whole artifact of this kind, made for this model; else one line that names the command that makes it."""
     try:
-        if zipfile.ZipFile(beside(path)).testzip():         # the zip's own checksums
-            raise ValueError("a wrong checksum")
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
-        if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint:
-            raise ValueError(f"{artifact['kind']} made for the weights of {artifact['model']['name']}")
+        other = artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint
+        if other or zipfile.ZipFile(beside(path)).testzip():                    # the zip's own checksums
+            raise ValueError(f"{artifact['kind']} of {artifact['model']['name']}, or a wrong checksum")
     except Exception as e:                                  # a damaged file raises many types; each means the same
         fail(f"{path}: expected a whole [{kind.upper()}] for this model, found {e!r}; make it with: {maker}")
     return artifact

@@ -43,7 +43,7 @@ def clean(line):
     """A line of a model's list -> the question in it, in any language, without number, bullet, bold, backticks or
     quotes around it; "" where there is none, or what could not stand in a file of queries."""
     text = re.sub(r"(?<!\w)\*\*(\S.*?)\*\*|`(.+?)`", r"\1\2", " ".join(line.split()), flags=re.A)
-    text = re.sub(r"^([-–—*+•·●▪‣#>]+ )+", "", text)
+    text = re.sub(r"^(([-–—*+•·●▪‣#>]+ )+|#(?=\d))", "", text)
     number = r"[(（[【]?((q|question|第|问题|質問) ?)?\d+ ?[題题]?[]).:：、．）】](?!\d)"
     text = re.sub(f"^({number}|q[:：])", "", text, flags=re.I).strip("*_, ")
     quote = "[\"'“”„‘’«»‹›「」『』]"
@@ -60,7 +60,7 @@ def main():
     out = Path(args.out or re.sub(r"\.(txt|json|md)$", "", str(path)) + ".queries.txt")
     if args.count < 1:
         fail(f"--count: expected at least 1, found {args.count}")
-    if out.exists() or not os.access(out.parent, os.W_OK):
+    if out.exists() or not os.access(f"{out.parent}/", os.W_OK):
         fail(f"{out}: it is there already, or its folder cannot be written to; give another --out")
     try:
         prompt = Path(path).read_text(encoding="utf-8-sig").strip()

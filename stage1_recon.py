@@ -146,11 +146,10 @@ def prompt_ids(tokenizer, messages):
 def load(path, kind, maker, model=None):
     """A whole artifact of this kind, made for this model; else one line that names the command that makes it."""
     try:
-        if zipfile.ZipFile(beside(path)).testzip():         # the zip's own checksums
-            raise ValueError("a wrong checksum")
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
-        if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint:
-            raise ValueError(f"{artifact['kind']} made for the weights of {artifact['model']['name']}")
+        other = artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint
+        if other or zipfile.ZipFile(beside(path)).testzip():                    # the zip's own checksums
+            raise ValueError(f"{artifact['kind']} of {artifact['model']['name']}, or a wrong checksum")
     except Exception as e:                                  # a damaged file raises many types; each means the same
         fail(f"{path}: expected a whole [{kind.upper()}] for this model, found {e!r}; make it with: {maker}")
     return artifact
@@ -158,9 +157,10 @@ def load(path, kind, maker, model=None):
 
 # --- shared: save -----------------------------------------------------------------------------
 def save(path, **artifact):
-    """Written beside its place and renamed: a run that is killed here, or a full disk, leaves the old file whole.
-    Without an artifact the place is only tried, before the work rather than after it."""
+    """Written beside its place and renamed: a kill or a full disk leaves the old one whole. No artifact: just a try."""
     try:
+        if Path(path).exists() and not zipfile.is_zipfile(path):
+            raise OSError("something else is there")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         torch.save(artifact, f"{path}.tmp")
         os.replace(f"{path}.tmp", path) if artifact else os.remove(f"{path}.tmp")
@@ -198,7 +198,7 @@ def main():
     optimizer = torch.optim.AdamW([be], weight_decay=0)
     first, best, history = 0, {"loss": math.inf, "right": 0, "vector": be.detach().cpu().clone()}, []
     if args.resume:
-        saved = load(args.out, "be", f"python stage1_recon.py --prompt {args.prompt}", model)
+        saved = load(args.out, "be", f"{sys.argv[0]}, without --resume", model)
         if saved["messages"] != messages or saved["config"] | {"resume": True} != vars(args) or "run" not in saved:
             fail(f"--resume: {args.out} holds no run of these settings; give the same ones, or leave --resume out")
         first, best, history = saved["run"]["step"], saved["run"]["best"], saved["history"]
@@ -225,7 +225,7 @@ def main():
 
         history.append({"step": step, "L_recon": loss.item()})
         bar.set_postfix(L_recon=f"{loss.item():.3f}", right=f"{right}/{len(s)}")
-        if (step + 1) % 50 == 0 or step + 1 == args.steps:
+        if (step + 1) % 10 == 0 or step + 1 == args.steps:
             run = {"step": step + 1, "be": be.detach().cpu(), "best": best, "optimizer": optimizer.state_dict()}
             save(args.out, kind="be", stage="recon", vector=best["vector"], messages=messages, tokens=len(s),
                  ae=ae.cpu(), model={"name": args.model, "fingerprint": model.fingerprint},

@@ -157,11 +157,10 @@ def prompt_ids(tokenizer, messages):
 def load(path, kind, maker, model=None):
     """A whole artifact of this kind, made for this model; else one line that names the command that makes it."""
     try:
-        if zipfile.ZipFile(beside(path)).testzip():         # the zip's own checksums
-            raise ValueError("a wrong checksum")
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
-        if artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint:
-            raise ValueError(f"{artifact['kind']} made for the weights of {artifact['model']['name']}")
+        other = artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint
+        if other or zipfile.ZipFile(beside(path)).testzip():                    # the zip's own checksums
+            raise ValueError(f"{artifact['kind']} of {artifact['model']['name']}, or a wrong checksum")
     except Exception as e:                                  # a damaged file raises many types; each means the same
         fail(f"{path}: expected a whole [{kind.upper()}] for this model, found {e!r}; make it with: {maker}")
     return artifact
@@ -169,9 +168,10 @@ def load(path, kind, maker, model=None):
 
 # --- shared: save -----------------------------------------------------------------------------
 def save(path, **artifact):
-    """Written beside its place and renamed: a run that is killed here, or a full disk, leaves the old file whole.
-    Without an artifact the place is only tried, before the work rather than after it."""
+    """Written beside its place and renamed: a kill or a full disk leaves the old one whole. No artifact: just a try."""
     try:
+        if Path(path).exists() and not zipfile.is_zipfile(path):
+            raise OSError("something else is there")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         torch.save(artifact, f"{path}.tmp")
         os.replace(f"{path}.tmp", path) if artifact else os.remove(f"{path}.tmp")
@@ -258,11 +258,11 @@ def read_queries(path):
             turns = [{"role": m["role"], "content": m["content"].strip().encode().decode()} for m in turns]
             roles = [m["role"] for m in turns]
             if roles[-1] != "user" or not turns[-1]["content"] or {*roles} - {"user", "assistant"}:
-                raise ValueError(f"turns of {roles}")
+                raise ValueError(f"no text, or turns of {roles}")
             chats[json.dumps(turns)] = turns
     except Exception as e:                                  # each of many types means the same
         fail(f"{where}: expected a text in UTF-8, or in a .jsonl rows with a question, query, instruction or messages "
-             f"that end with the user's; found {type(e).__name__}: {e}; the model itself asks some: python queries.py")
+             f"that end with the user's; found {type(e).__name__}: {e}; to get some: python queries.py --prompt FILE")
     return list(chats.values())
 # --- end shared -------------------------------------------------------------------------------
 
@@ -300,10 +300,10 @@ def main():
     random.Random(args.seed).shuffle(chats)
     held = range(min(32, max(1, round(args.held_out * len(chats)))))                # the first ones are held out
     train = range(len(held), len(chats))
-    counts = args.k, args.steps, args.batch, args.recon_every, args.eval_every
-    if min(counts) < 1 or len(train) < args.batch or args.batch % world:
-        fail(f"expected all counts above 0, --batch {args.batch} a multiple of {world}, so many queries to train on; "
-             f"found {len(train)} after {len(held)} held out; give more queries, or another --batch")
+    counts = args.k, args.steps, args.batch, args.recon_every, args.eval_every, args.answer_tokens
+    if min(counts) < 1 or args.tau <= 0 or len(train) < args.batch or args.batch % world:
+        fail(f"expected all counts and --tau above 0, --batch {args.batch} a multiple of {world}, so many queries to "
+             f"train on; found {len(train)} after {len(held)} held out; give more queries, or another --batch")
     if args.init == "noise" and args.lam < 1:
         fail("--init noise has no [AE] for L_recon: add --lam 1, or run stage 1 first")
     if rank == 0:
@@ -319,7 +319,7 @@ def main():
     if args.init != "noise":
         stage1 = load(args.init, "be", f"python stage1_recon.py --prompt {args.prompt} --model {args.model}", model)
         if stage1["messages"] != messages or args.k not in (1, len(stage1["vector"])):
-            fail(f"--init {args.init}: for another prompt or another --k; run: stage1_recon.py --prompt {args.prompt}")
+            fail(f"{args.init}: for another prompt or another --k; python stage1_recon.py --prompt {args.prompt}")
         start, ae = stage1["vector"].to(mean), stage1["ae"].to(mean)
     be = torch.nn.Parameter(start.clone())                                                              # (k, d) fp32
     optimizer = torch.optim.AdamW([be], betas=(0.9, 0.95), weight_decay=0)

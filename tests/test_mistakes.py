@@ -94,6 +94,11 @@ FILES = {                                                   # case: (script, arg
     "stage 1 resumed from stage 2": ("stage1_recon", [*PROMPT, "--resume", "--out", "out/be.pt"], {},
                                      ["out/be.pt", "leave --resume out"]),
     "an --out that is no place": ("stage1_recon", [*PROMPT, "--out", "p.txt/be.pt"], {}, ["p.txt/be.pt", "--out"]),
+    "an --out that is the prompt": ("stage1_recon", [*PROMPT, "--out", "p.txt"], {}, ["p.txt", "something else"]),
+    "a table over an artifact": ("eval_kl", ["--queries", "p.queries.txt", "--out", "out/be.pt"], {}, [".json"]),
+    "a look every no steps": ("stage2_kd", [*PROMPT, "--eval-every", 0], {}, ["above 0"]),
+    "half an emoji": ("stage1_recon", ["--prompt", "j.json"], {
+        "j.json": b'{"messages": [{"role": "system", "content": "Be \\ud83d."}]}'}, ["surrogates"]),
     "a question to another model": ("infer", ["--query", "Why?", "--be", "other.pt"], {}, ["other.pt", "other"]),
     "more vectors than stage 1 made": ("stage2_kd", [*PROMPT, "--k", 4], {}, ["out/recon.pt", "another --k"]),
     "no token": ("infer", ["--query", "Why?", "--max-new-tokens", 0], {}, ["--max-new-tokens", "at least 1"]),
@@ -148,9 +153,10 @@ def test_prepare_takes_no_part_of_a_gguf_and_never_deletes_what_it_did_not_make(
 
 def test_what_ends_a_turn_is_all_that_config_and_tokenizer_say(checkpoints, tmp_path):
     folder = shutil.copytree(checkpoints["smol"], tmp_path / "model")
-    edit("generation_config.json", eos_token_id=[0, 7])(folder)
-    model, tokenizer = script("infer").load_frozen(str(folder), "cpu")
-    assert model.generation_config.eos_token_id == [0, 2, 7] and tokenizer.eos_token_id == 2
+    for ends, union in (([0, 7], [0, 2, 7]), (0, [0, 2])):
+        edit("generation_config.json", eos_token_id=ends)(folder)
+        model, tokenizer = script("infer").load_frozen(str(folder), "cpu")
+        assert model.generation_config.eos_token_id == union and tokenizer.eos_token_id == 2
     (folder / "generation_config.json").unlink()
     assert script("infer").load_frozen(str(folder), "cpu")[0].generation_config.eos_token_id == [2]
 

@@ -119,7 +119,7 @@ def same(a, b):
 P = ["--prompt", "p.txt"]
 RESUMED = {"stage 0": ("stage0_ae", STAGE0),
            # uphill: the best vector is that of the first step, which only the file has
-           "stage 1": ("stage1_recon", [*P, *STAGE1, "--steps", 110, "--k", 2, "--lr", -0.3]),
+           "stage 1": ("stage1_recon", [*P, *STAGE1, "--steps", 25, "--k", 2, "--lr", -0.3]),
            "stage 2": ("stage2_kd", [*P, *STAGE2]),
            "stage 2, noise": ("stage2_kd", [*P, *STAGE2, "--init", "noise", "--lam", 1, "--k", 3])}
 
