@@ -243,8 +243,8 @@ def main():
         rows = [json.loads(line) for line in beside(args.data).open(encoding="utf-8")][:args.n]
         asked = [[{"role": "user", "content": WORDING.format(question=r["question"].strip())}] for r in rows]
         gold = [numbers(r["answer"].split("####")[1])[0] for r in rows]
-        if not rows:
-            raise ValueError("no question")
+        if not rows or args.batch < 1:
+            raise ValueError("no question, or a --batch of less than one")
     except Exception as e:                                  # each of many types means the same
         fail(f"--data {args.data}: expected rows with a question, and an answer that ends with #### and a number; "
              f"found {type(e).__name__}: {e}; make it with: python data/gsm8k/prepare.py")
@@ -272,12 +272,12 @@ def main():
 
     if missing:
         model, tokenizer = load_frozen(args.model or made_for["name"], args.device)
-        load(args.be[0], "be", maker, model)
+        load(args.be[0], "be", maker, model)                # made for these weights?
         tokenizer.model_max_length -= limit                 # so that chat_ids leaves room for the answer
         fed = {name: [chat_ids(tokenizer, start + turns) for turns in asked] for name, start in starts.items()}
 
         # a few questions in all conditions, then the next few
-        steps = [(at, name) for at in range(0, len(asked), max(1, args.batch)) for name in starts]
+        steps = [(at, name) for at in range(0, len(asked), args.batch) for name in starts]
         for at, name in tqdm(steps, desc="GSM8K"):
             part = [i for i in range(len(asked))[at:at + args.batch] if keys[name][i] not in done]
             if not part:
