@@ -1,4 +1,5 @@
-"""The evaluations: scorers against hard golds, statistics against their sources, whole runs on tiny models."""
+"""The evaluations: scorers against hard golds, statistics against their sources, whole runs on tiny models; and what
+makes the committed numbers, results/."""
 import json, re, shutil
 from fractions import Fraction
 from pathlib import Path
@@ -9,10 +10,11 @@ import torch
 from rouge_score.tokenizers import DefaultTokenizer
 
 from conftest import (
-    PROMPT, ROOT, SENTENCES, TINY, before, main, opened, plain_greedy, plain_measure, refused, script)
+    PROMPT, ROOT, SENTENCES, TINY, before, main, opened, plain_greedy, plain_measure, refused, run,
+    script)
 
 SHORT, SYSTEM = ["--max-new-tokens", 6, *TINY], [{"role": "system", "content": PROMPT}]
-gsm, role, kl = script("eval_gsm8k"), script("eval_rolellm"), script("eval_kl")
+gsm, role, kl, rules = script("eval_gsm8k"), script("eval_rolellm"), script("eval_kl"), script("results/rules")
 
 
 # --- GSM8K: the scorer and the statistics
@@ -64,13 +66,6 @@ def test_a_line_of_the_table(lost, won):
     assert line["minus_full"] == (won - lost) / n and low <= line["minus_full"] <= high
     assert (line["accuracy"], line["n"], line["no_number"], line["cut"]) == (won / n, n, n - won, n - won)
     assert line["retention"] == (won / lost if lost else None)
-
-
-def test_the_questions_are_asked_in_the_prompts_own_words():
-    messages = json.loads((ROOT / "prompts/gsm8k_8shot.json").read_text())["messages"]
-    pattern = re.escape(gsm.WORDING).replace(re.escape("{question}"), "[A-Z].*[?.]")
-    asked = [m["content"] for m in messages if m["role"] == "user"]
-    assert len(asked) == 8 and all(re.fullmatch(pattern, text) for text in asked)
 
 
 # --- GSM8K: whole runs
@@ -205,3 +200,50 @@ def test_rolellm_goes_from_folder_to_table_and_goes_on_after_a_kill(work, vector
     write(ASKED, [*rows_of(ASKED), {"role": "Old Captain", "question": "Bare?", "generated": None}])
     refused(main("eval_rolellm", *asked), "Bare?")
     assert (work / "out/r.answers.jsonl").read_bytes() == whole
+
+
+# --- results/
+
+GOOD = ("Harbour Box desk. [PRICE] A medium box costs EUR 67 a month. Tax is included. Next step: choose your box at "
+        "the desk or online. Your things are safe with us.")
+
+
+@pytest.mark.parametrize("broken, broken_rules", [
+    (GOOD, set()),
+    ("Well. " + GOOD, {"opening words"}),
+    (GOOD.replace("[PRICE]", "[PRICES]"), {"one category of five"}),
+    (GOOD.replace("[PRICE]", "[PRICE] [OTHER]"), {"one category of five"}),
+    (GOOD.replace("a box", "a unit").replace("your box", "your Unit!"), {"box, not unit", "no exclamation mark"}),
+    (GOOD.replace("EUR 67", "67 euros"), {"currency code"}),
+    (GOOD.replace("Tax is included. ", "\n"), {"tax sentence", "one line"}),
+    (GOOD.replace("desk or", " ".join(["very"] * 30)), {"at most fifty words"}),
+    (GOOD.removesuffix("."), {"closing words"})])
+def test_a_broken_rule_is_told_from_the_others(broken, broken_rules):
+    style, facts = rules.verdicts(broken, {"query": "What is a medium unit?", "about": ["medium"]})
+    assert {name for name, kept in style.items() if not kept} == broken_rules and facts == {"medium": True}
+
+
+@pytest.mark.parametrize("check, text, expected", [
+    ("small", "EUR 39 a month", True), ("small", "EUR 139 or 390", False), ("gate", "closes at 22:00", True),
+    ("gate", "06:00 to 23:00", False), ("stay", "2 meses", True), ("stay", "12 months", False),
+    ("address", "at 14 quay lane, Norhaven", True), ("address", "at 41 Quay Lane", False),
+    ("language", "La oficina abre a las 08:30 y cierra a las 17:30.", "es"), ("language", "The desk is open.", "en"),
+    ("language", "Harbour Box desk. Das Tor ist offen. Next step: the.", "de"), ("language", "", None)])
+def test_a_fact_is_right_or_not_and_a_language_is_told(check, text, expected):
+    assert (rules.language(text) if check == "language" else rules.right(check, text)) is expected
+
+
+def test_each_rule_is_exercised_no_query_stands_twice_and_a_difference_of_none_has_a_width():
+    train, test = ([json.loads(line) for line in (ROOT / f"prompts/desk.{kind}.txt").read_text().splitlines()]
+                   for kind in ("queries", "test"))
+    assert len({r["query"].lower() for r in train + test}) == len(train) + len(test) == 240
+    assert all(sum(bool(rules.APPLIES.get(name, bool)(row)) for row in test) >= 10 for name in rules.STYLE)
+    assert all(sum(fact in row["about"] for row in test) >= 2 for fact in rules.FACTS)
+    assert rules.paired([True] * 10, [True] * 10) == pytest.approx([-0.1633, 0.1633], abs=1e-4)
+
+
+def test_bench_measures_a_tiny_model_and_every_way_gives_the_same_answers(checkpoints, work):
+    run("results/bench", "--quick", "--only", 1, 2, "--model", checkpoints["smol"], "--out", "b.json", cwd=work)
+    (answering, *_), (step, *_) = json.loads((work / "b.json").read_text()).values()
+    assert answering["questions"] == 3 and {*answering["identical"].values()} == {3}
+    assert step["stage 2"]["n"] == step["bare pass"]["n"] > 0
