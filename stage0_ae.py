@@ -13,7 +13,7 @@ x_(n+1) is the end of a turn: a copy has an end. One [AE] serves every prompt; t
 Expect   the default model, an hour of one CPU core: held-out texts at 0.05 nats a token, 98.7% of tokens right
          with the true past given; without a trigger 0.53 and 92.6%.
 """
-import argparse, glob, hashlib, json, math, os, random, sys, zipfile
+import argparse, atexit, glob, hashlib, json, math, os, random, sys, zipfile
 from pathlib import Path
 
 import torch
@@ -169,6 +169,7 @@ def main():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group()
+        atexit.register(torch.distributed.destroy_process_group)
     if rank:
         sys.stdout = open(os.devnull, "w")                  # rank 0 alone prints and saves
     texts = read_texts(args.data)
@@ -249,7 +250,6 @@ def main():
                  metrics={"held-out L_AE": best["loss"], "right": best["right"], "n": len(held)})
         bar.set_postfix(L_AE=f"{mean_loss.item():.3f}", held_out=f"{best['loss']:.3f}", right=f"{best['right']:.1%}")
 
-    # what the trigger is worth
     for name, fed, vector in [("[AE]", slot, best["vector"]), ("noise", slot, noise), ("no trigger", [], noise)]:
         loss, right = held_out_scores(fed, vector.to(mean))
         print(f"{name:15s} {loss:.3f} nats a token, {right:.1%} of tokens right, n = {len(held)} held-out texts")

@@ -15,7 +15,7 @@ The teacher answers each query once, before training; of every answer token its 
 
 Expect   prompts/pirate.txt, two AVX2 cores: 11 minutes, 0.77 of the held-out gap closed, 0.63 on test queries.
 """
-import argparse, copy, datetime, hashlib, json, math, os, random, re, sys, zipfile
+import argparse, atexit, copy, datetime, hashlib, json, math, os, random, re, sys, zipfile
 from pathlib import Path
 
 import torch
@@ -293,6 +293,7 @@ def main():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group(timeout=datetime.timedelta(hours=12))          # the teacher may take long
+        atexit.register(torch.distributed.destroy_process_group)
     if rank:
         sys.stdout = open(os.devnull, "w")                  # rank 0 alone answers, prints and saves
     messages = read_prompt(args.prompt)
@@ -366,8 +367,7 @@ def main():
         warm, cosine = min(1, (step + 1) / 10), 0.5 * (1 + math.cos(math.pi * step / args.steps))
         optimizer.param_groups[0]["lr"] = lr * warm * cosine
         optimizer.zero_grad()
-        # the order depends on seed and step alone: a resumed run sees the same
-        epoch, at = divmod(step, len(train) // args.batch)
+        epoch, at = divmod(step, len(train) // args.batch)      # of seed and step alone: a resumed run sees the same
         order = random.Random(f"{args.seed} {epoch}").sample(train, len(train))
         batch = order[at * args.batch:][:args.batch]
         tokens = sum(len(answers[i]) for i in batch)
