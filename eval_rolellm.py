@@ -285,7 +285,8 @@ def main():
         r["retention"] = r["be"] / (r["full"] or math.nan)
 
         # KL from the full prompt, in nats a token of its answers
-        first, kl = [text_ids(tokenizer, text)[:32] for text in texts["full"]], dict.fromkeys(fed, 0.0)
+        first = [text_ids(tokenizer, text)[:32] or ends[:1] for text in texts["full"]]          # it may say nothing
+        kl = dict.fromkeys(fed, 0.0)
         for i in range(0, len(chats), 8):
             hidden = {c: answer_hidden(model, rows[i:i + 8], first[i:i + 8], vector) for c, rows in fed.items()}
             logp = {c: F.log_softmax((h @ weight.T).float(), -1) for c, h in hidden.items()}        # (sum T, V) each
@@ -307,9 +308,10 @@ def main():
     cells = [[f"{r[h]:.3f}" if type(r[h]) is float else str(r[h]) for h in heads] for r in [*table, last]]
     text = "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *cells])
     text += f"\n\n{args.model}, greedy, {args.max_new_tokens} new tokens; 95% intervals by a bootstrap over roles.\n"
-    Path(f"{args.out}.md").write_text(text, encoding="utf-8")
     results = {"config": vars(args), "fingerprint": model.fingerprint, "roles": table, "mean": means}
-    Path(f"{args.out}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    for kind, content in {"md": text, "json": json.dumps(results, indent=1) + "\n"}.items():
+        Path(f"{args.out}.{kind}.tmp").write_text(content, encoding="utf-8")
+        os.replace(f"{args.out}.{kind}.tmp", f"{args.out}.{kind}")
     print(f"\n{text}\nwrote {args.out}.md and {args.out}.json")
 
 
