@@ -13,7 +13,7 @@ x_(n+1) is the end of a turn: a copy has an end. One [AE] serves every prompt; t
 Expect   the default model, an hour of one CPU core: held-out texts at 0.05 nats a token, 98.7% of tokens right
          with the true past given; without a trigger 0.53 and 92.6%.
 """
-import argparse, atexit, glob, hashlib, json, math, os, random, sys, zipfile
+import argparse, glob, hashlib, json, math, os, random, sys, zipfile
 from pathlib import Path
 
 import torch
@@ -169,7 +169,6 @@ def main():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group()
-        atexit.register(torch.distributed.destroy_process_group)
     if rank:
         sys.stdout = open(os.devnull, "w")                  # rank 0 alone prints and saves
     texts = read_texts(args.data)
@@ -221,7 +220,6 @@ def main():
         ae.data.copy_(saved["run"]["ae"])
         optimizer.load_state_dict(saved["run"]["optimizer"])
 
-    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="[AE] copy", disable=rank > 0)
     for step in bar:
         warm, cosine = min(1, (step + 1) / 20), 0.5 * (1 + math.cos(math.pi * step / args.steps))
@@ -230,8 +228,8 @@ def main():
         mean_loss = torch.zeros((), device=model.device)
         batch = random.Random(f"{args.seed} {step}").sample(train, args.batch)      # a resumed run draws the same
         for text in batch[rank::world]:
-            with autocast:                                      # X [AE] X in; out, the second X and its end
-                loss = copy_scores(text, slot, ae)[0] / args.batch
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+                loss = copy_scores(text, slot, ae)[0] / args.batch          # X [AE] X in; out, the second X and its end
             loss.backward()
             mean_loss += loss.detach()
         for part in (ae.grad, mean_loss) if world > 1 else ():  # all of the batch is in each process's step
@@ -254,6 +252,8 @@ def main():
         loss, right = held_out_scores(fed, vector.to(mean))
         print(f"{name:15s} {loss:.3f} nats a token, {right:.1%} of tokens right, n = {len(held)} held-out texts")
     print(f"wrote {args.out}\nnext: python stage1_recon.py --model {args.model} --ae {args.out} --prompt PROMPT.txt")
+    if world > 1:
+        torch.distributed.destroy_process_group()           # before Python ends: its threads may hold tensors
 
 
 if __name__ == "__main__":

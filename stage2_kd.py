@@ -15,7 +15,7 @@ The teacher answers each query once, before training; of every answer token its 
 
 Expect   prompts/pirate.txt, two AVX2 cores: 11 minutes, 0.77 of the held-out gap closed, 0.63 on test queries.
 """
-import argparse, atexit, copy, datetime, hashlib, json, math, os, random, re, sys, zipfile
+import argparse, copy, datetime, hashlib, json, math, os, random, re, sys, zipfile
 from pathlib import Path
 
 import torch
@@ -293,7 +293,6 @@ def main():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group(timeout=datetime.timedelta(hours=12))          # the teacher may take long
-        atexit.register(torch.distributed.destroy_process_group)
     if rank:
         sys.stdout = open(os.devnull, "w")                  # rank 0 alone answers, prints and saves
     messages = read_prompt(args.prompt)
@@ -368,8 +367,7 @@ def main():
         optimizer.param_groups[0]["lr"] = lr * warm * cosine
         optimizer.zero_grad()
         epoch, at = divmod(step, len(train) // args.batch)      # of seed and step alone: a resumed run sees the same
-        order = random.Random(f"{args.seed} {epoch}").sample(train, len(train))
-        batch = order[at * args.batch:][:args.batch]
+        batch = random.Random(f"{args.seed} {epoch}").sample(train, len(train))[at * args.batch:][:args.batch]
         tokens = sum(len(answers[i]) for i in batch)
         batch = batch[rank::world]
         with autocast:                                          # [BE] and query in; out, what prompt and query give
@@ -404,6 +402,8 @@ def main():
         bar.set_postfix(L_KD=f"{kd.item():.3f}", held_out_gap_closed=f"{1 - best['kl'] / none:.3f}")
     print(f"{1 - best['kl'] / none:.3f} of the held-out gap closed, n = {len(held)}, on which the vector was chosen")
     print(f"wrote {args.out}\nnext: python eval_kl.py --be {args.out}")
+    if world > 1:
+        torch.distributed.destroy_process_group()           # before Python ends: its threads may hold tensors
 
 
 if __name__ == "__main__":
