@@ -357,8 +357,7 @@ def main():
 
     none, best = held_out_kl(empty, be), best or {"kl": held_out_kl(rows, be), "vector": start}
     words = rows[0][:rows[0].index(-1)]                 # L_recon as in stage 1: ... [BE] [AE] s_1 ... s_m
-    recon_ids = torch.tensor([words + slot + [-1 - len(start)] * len(ae) + s[:-1]], device=model.device)
-    recon_target = torch.tensor(s, device=model.device)
+    recon_ids = torch.tensor([words + slot + [-1 - len(start)] * len(ae) + s], device=model.device)     # (1, T)
 
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda")
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="[BE] distil", disable=rank > 0)
@@ -377,10 +376,10 @@ def main():
         if rank == 0 and args.lam < 1 and step % args.recon_every == 0:
             model.set_attn_implementation(model.long_rows)      # one row, no mask; a pack has one
             with autocast:                                      # [BE] [AE] in; out, the prompt
-                embeds = embed(model, recon_ids, torch.cat([be, ae]))
+                embeds = embed(model, recon_ids[:, :-1], torch.cat([be, ae]))                       # s_m is not read
                 hidden = body(inputs_embeds=embeds, use_cache=False).last_hidden_state[0, -len(s):]     # (m, d)
                 z = (hidden @ weight.T).float()                                                         # (m, V)
-                recon = (z.logsumexp(-1) - z.gather(-1, recon_target[:, None])[:, 0]).mean()
+                recon = (z.logsumexp(-1) - z.gather(-1, recon_ids[0, -len(s):, None])[:, 0]).mean()
             ((1 - args.lam) * args.recon_every * recon).backward()
             model.set_attn_implementation("sdpa")
             history.append({"step": step, "L_recon": recon.item()})
@@ -403,7 +402,8 @@ def main():
     print(f"{1 - best['kl'] / none:.3f} of the held-out gap closed, n = {len(held)}, on which the vector was chosen")
     print(f"wrote {args.out}\nnext: python eval_kl.py --be {args.out}")
     if world > 1:
-        torch.distributed.destroy_process_group()           # before Python ends: its threads may hold tensors
+        torch.distributed.barrier()                         # before Python ends: gloo's threads may hold tensors
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -136,16 +136,3 @@ def test_transformers_serve_answers_as_infer_does(folder, frozen, token, said):
         for query in QUERIES:
             answer = ask(client, folder / "checkpoint", "<|be:checkpoint|>", query).message.content
             assert answer == frozen[1].decode(said(ROLES[0], token, query), skip_special_tokens=True)
-
-
-def test_peft_answers_as_infer_does(folder, frozen, token, said):
-    peft, (model, _) = pytest.importorskip("peft"), infer.load_frozen(MODEL, "cpu")
-    model.generation_config, tokenizer = frozen[0].generation_config, frozen[1]
-    model = peft.PeftModel.from_pretrained(model, folder / "adapters" / ROLES[0])
-    for query in QUERIES:
-        messages = [{"role": "system", "content": token}, {"role": "user", "content": query}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt",
-                                            return_dict=False)
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=LIMIT)
-        said_here = [i for i in out[0, ids.shape[1]:].tolist() if i not in model.generation_config.eos_token_id]
-        assert said_here == said(ROLES[0], token, query)
