@@ -14,13 +14,11 @@ demo: $(DEMO)/be.kl.json
 	    "I had a bad day at work. Any advice?"
 
 $(DEMO)/recon.done: | .venv/installed $(MODEL)
-	$(BIN)/python stage1_recon.py --prompt prompts/pirate.txt --out $(DEMO)/recon.pt \
-	    $(if $(wildcard $(DEMO)/recon.pt),--resume)
+	$(BIN)/python stage1_recon.py --prompt prompts/pirate.txt --out $(DEMO)/recon.pt --resume
 	@touch $@
 
 $(DEMO)/be.done: $(DEMO)/recon.done
-	$(BIN)/python stage2_kd.py --prompt prompts/pirate.txt --init $(DEMO)/recon.pt --out $(DEMO)/be.pt \
-	    $(if $(wildcard $(DEMO)/be.pt),--resume)
+	$(BIN)/python stage2_kd.py --prompt prompts/pirate.txt --init $(DEMO)/recon.pt --out $(DEMO)/be.pt --resume
 	@touch $@
 
 $(DEMO)/be.kl.json: $(DEMO)/be.done

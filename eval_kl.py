@@ -210,7 +210,7 @@ def read_queries(path):
             chats[json.dumps(turns)] = turns
     except Exception as e:                                  # each of many types means the same
         fail(f"{where}: expected a text in UTF-8, or in a .jsonl rows with a question, query, instruction or messages "
-             f"that end with the user's; found {type(e).__name__}: {e}; to get some: python queries.py --prompt FILE")
+             f"that end with the user's; found {e!r}; to get some: python queries.py --prompt FILE --out {path}")
     return list(chats.values())
 # --- end shared -------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ def settings():
     add("--model", default="models/smollm2-135m", help="hub name or folder of a Llama or Qwen chat model")
     add("--data", default="data/ae_corpus/*.jsonl", help='a text in each line: {"text": "..."}')
     add("--out", default="out/ae.pt", help="the artifact, for stage 1")
-    add("--resume", action="store_true", help="go on from --out")
+    add("--resume", action="store_true", help="go on from --out, where there is one")
     add("--steps", type=int, default=300, help="optimizer steps")
     add("--batch", type=int, default=8, help="texts a step, one after the other")
     add("--lr", type=float, help="peak; None is 0.22 standard deviations of the embedding table")
@@ -212,7 +212,7 @@ def main():
     ae = torch.nn.Parameter(noise.clone())                                                          # (1, d) fp32
     optimizer = torch.optim.AdamW([ae], weight_decay=0)
     first, best, history = 0, {"loss": math.inf, "right": 0.0, "vector": noise.cpu()}, []
-    if args.resume:
+    if args.resume and Path(args.out).exists():
         saved = load(args.out, "ae", f"{sys.argv[0]}, without --resume", model)
         if saved["config"] | {"resume": True} != vars(args) or "run" not in saved:
             fail(f"--resume: {args.out} holds no run of these settings; give the same ones, or leave --resume out")

@@ -29,7 +29,7 @@ def settings():
     add("--model", default="models/smollm2-135m", help="hub name or folder of a Llama or Qwen chat model")
     add("--ae", default="artifacts/ae-smollm2-135m.pt", help="stage 0's artifact; none: [BE] alone gives P back")
     add("--out", default="out/recon.pt", help="the artifact, for stage 2")
-    add("--resume", action="store_true", help="go on from --out")
+    add("--resume", action="store_true", help="go on from --out, where there is one")
     add("--k", type=int, default=1, help="vectors to learn; the paper's is 1")
     add("--steps", type=int, default=60, help="optimizer steps; four vectors and more want thousands")
     add("--lr", type=float, help="peak; None is 0.22 standard deviations of the embedding table")
@@ -197,7 +197,7 @@ def main():
     be = torch.nn.Parameter(mean + std * torch.randn(args.k, len(mean)).to(mean))                   # (k, d) fp32
     optimizer = torch.optim.AdamW([be], weight_decay=0)
     first, best, history = 0, {"loss": math.inf, "right": 0, "vector": be.detach().cpu().clone()}, []
-    if args.resume:
+    if args.resume and Path(args.out).exists():
         saved = load(args.out, "be", f"{sys.argv[0]}, without --resume", model)
         if saved["messages"] != messages or saved["config"] | {"resume": True} != vars(args) or "run" not in saved:
             fail(f"--resume: {args.out} holds no run of these settings; give the same ones, or leave --resume out")

@@ -33,7 +33,7 @@ def settings():
     add("--queries", help="what to train on; None is NAME.queries.txt beside the prompt")
     add("--init", default="out/recon.pt", help="stage 1's artifact; or noise, of --k vectors")
     add("--out", default="out/be.pt", help="the artifact")
-    add("--resume", action="store_true", help="go on from --out")
+    add("--resume", action="store_true", help="go on from --out, where there is one")
     add("--k", type=int, default=1, help="vectors to learn; only with --init noise")
     add("--lam", type=float, default=0.9, help="lambda, the weight of L_KD; at 1 there is no L_recon")
     add("--tau", type=float, default=2.0, help="temperature of L_KD")
@@ -262,7 +262,7 @@ def read_queries(path):
             chats[json.dumps(turns)] = turns
     except Exception as e:                                  # each of many types means the same
         fail(f"{where}: expected a text in UTF-8, or in a .jsonl rows with a question, query, instruction or messages "
-             f"that end with the user's; found {type(e).__name__}: {e}; to get some: python queries.py --prompt FILE")
+             f"that end with the user's; found {e!r}; to get some: python queries.py --prompt FILE --out {path}")
     return list(chats.values())
 # --- end shared -------------------------------------------------------------------------------
 
@@ -301,9 +301,9 @@ def main():
     held = range(min(32, max(1, round(args.held_out * len(chats)))))                # the first ones are held out
     train = range(len(held), len(chats))
     counts = args.k, args.steps, args.batch, args.recon_every, args.eval_every, args.answer_tokens
-    if min(counts) < 1 or args.tau <= 0 or len(train) < args.batch or args.batch % world:
-        fail(f"expected all counts and --tau above 0, --batch {args.batch} a multiple of {world}, so many queries to "
-             f"train on; found {len(train)} after {len(held)} held out; give more queries, or another --batch")
+    if min(counts) < 1 or args.tau <= 0 or not 0 <= args.lam <= 1 or len(train) < args.batch or args.batch % world:
+        fail(f"expected all counts and --tau above 0, --lam 0 to 1, --batch {args.batch} a multiple of {world}, so many "
+             f"queries to train on; found {len(train)} after {len(held)} held out; mend that or add queries")
     if args.init == "noise" and args.lam < 1:
         fail("--init noise has no [AE] for L_recon: add --lam 1, or run stage 1 first")
     if rank == 0:
@@ -324,7 +324,7 @@ def main():
     be = torch.nn.Parameter(start.clone())                                                              # (k, d) fp32
     optimizer = torch.optim.AdamW([be], betas=(0.9, 0.95), weight_decay=0)
     first, best, history = 0, None, []
-    if args.resume:
+    if args.resume and Path(args.out).exists():
         saved = load(args.out, "be", f"{sys.argv[0]}, without --resume", model)
         asked = saved["messages"], saved.get("trained_on"), saved["config"] | {"resume": True}
         if asked != (messages, chats, vars(args)) or "run" not in saved or saved["vector"].shape != be.shape:

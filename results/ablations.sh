@@ -24,8 +24,7 @@ mkdir -p "$OUT"
 grep -Fxq "$chosen" "$OUT/settings.txt" || { echo "$OUT has runs of $(cat "$OUT/settings.txt"); set OUT" >&2; exit 2; }
 run() {     # run SCRIPT NAME [options]: NAME.pt is there when it is finished, and until then NAME.part
     [ ! -e "$2.pt" ] || return 0
-    local resume=$([ ! -e "$2.part" ] || echo --resume)
-    (set -x; "$PYTHON" "$1" --prompt "$prompt" --model "$MODEL" --seed "$seed" --out "$2.part" "${@:3}" $resume) >&2
+    (set -x; "$PYTHON" "$1" --prompt "$prompt" --model "$MODEL" --seed "$seed" --out "$2.part" "${@:3}" --resume) >&2
     mv "$2.part" "$2.pt"
 }
 both() {    # both START "options of stage 1" [options of stage 2]: rows of one START share its stage 1

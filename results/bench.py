@@ -147,7 +147,7 @@ def greedy(model, rows, learned, limit, stop, prompt=None):
 
 
 @torch.no_grad()
-def in_batches(model, rows, limit, share):
+def in_batches(model, rows, learned, limit, share):
     """greedy over batches of like length -> answers. share: the prompt is read once, and its cache repeated."""
     stop, n, answers, prompt = model.generation_config.eos_token_id, len(os.path.commonprefix(rows)), {}, None
     if share:
@@ -156,7 +156,7 @@ def in_batches(model, rows, limit, share):
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     size = max(1, min(32, 16000 // (len(rows[order[-1]]) + limit)))         # 16,000 tokens of cache: 740 MB on SmolLM2
     for part in tqdm([order[i:i + size] for i in range(0, len(order), size)], desc="in batches", leave=False):
-        said = [ids for ids, _, _ in greedy(model, [rows[i] for i in part], noise(model), limit, stop, prompt)]
+        said = [ids for ids, _, _ in greedy(model, [rows[i] for i in part], learned, limit, stop, prompt)]
         for i, row in zip(part, torch.stack(said, 1).tolist()):
             answers[i] = row[:next((t for t, token in enumerate(row, 1) if token in stop), len(row))]
     return [answers[i] for i in range(len(rows))]
@@ -182,7 +182,7 @@ def step(model, rows, answers, target, be, optimizer, full=False):
 
 def answering(args, model, path, rows, limit, unshared):
     """All ways must give the same answers; in bf16 a near tie may fall either way."""
-    said = {}
+    said, half, start = {}, rows[:(len(rows) + 1) // 2], noise(model)
 
     def timed(name, function):
         began = clock(model)
@@ -190,11 +190,10 @@ def answering(args, model, path, rows, limit, unshared):
         seconds = clock(model) - began
         return {"tokens a second": sum(map(len, said[name])) / seconds, "seconds a question": seconds / len(said[name])}
 
-    ways = {"packed": lambda: timed("packed", lambda: answer(model, rows, noise(model), limit)[0]),
-            "cache repeated": lambda: timed("cache repeated", lambda: in_batches(model, rows, limit, True))}
+    ways = {"packed": lambda: timed("packed", lambda: answer(model, rows, start, limit)[0]),
+            "cache repeated": lambda: timed("cache repeated", lambda: in_batches(model, rows, start, limit, True))}
     if unshared:                                            # so slow, and the same for each: half of them will do
-        half = rows[:(len(rows) + 1) // 2]
-        ways["nothing shared"] = lambda: timed("nothing shared", lambda: in_batches(model, half, limit, False))
+        ways["nothing shared"] = lambda: timed("nothing shared", lambda: in_batches(model, half, start, limit, False))
     n = len(os.path.commonprefix(rows))
     found = pairs(args.repeats, ways, prompt=path, prompt_tokens=n, questions=len(rows), limit=limit)
     same = {name: statistics.mean(a == b for a, b in zip(said["packed"], said[name])) for name in ways}

@@ -18,8 +18,7 @@ head -n 160 data/gsm8k/queries.jsonl > "$OUT/queries.jsonl"         # training q
 
 run() {     # run SCRIPT NAME [options]: OUT/NAME.pt is there when it is finished, and until then OUT/NAME.part
     [ ! -e "$OUT/$2.pt" ] || return 0
-    local resume=$([ ! -e "$OUT/$2.part" ] || echo --resume)
-    (set -x; "$PYTHON" "$1" --model "$MODEL" --out "$OUT/$2.part" "${@:3}" $resume)
+    (set -x; "$PYTHON" "$1" --model "$MODEL" --out "$OUT/$2.part" "${@:3}" --resume)
     mv "$OUT/$2.part" "$OUT/$2.pt"
 }
 distil() {  # distil NAME [options]: stage 2, alike for both but for the start and L_recon

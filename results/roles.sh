@@ -13,8 +13,7 @@ PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-out/roles} K=${K:-1} SEEDS=${SEEDS
 
 run() {     # run SCRIPT NAME [options]: NAME.pt is there when it is finished, and until then NAME.part
     [ ! -e "$2.pt" ] || return 0
-    local resume=$([ ! -e "$2.part" ] || echo --resume)
-    (set -x; "$PYTHON" "$1" --prompt "$prompt" --seed "$seed" --out "$2.part" "${@:3}" $resume) >&2
+    (set -x; "$PYTHON" "$1" --prompt "$prompt" --seed "$seed" --out "$2.part" "${@:3}" --resume) >&2
     mv "$2.part" "$2.pt"
 }
 for seed in $SEEDS; do for role in "$@"; do

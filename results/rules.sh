@@ -16,7 +16,7 @@ for k in $KS; do for seed in $SEEDS; do
     name=$OUT/k$k.s$seed
     [ -e "$name.$STEPS.pt" ] || (set -x; "$PYTHON" results/snapshots.py --prompt prompts/desk.txt --model "$MODEL" \
         --init noise --lam 1 --tau 1 --lr "$LR" --answer-tokens 64 --steps "$STEPS" --eval-every 50 \
-        --k "$k" --seed "$seed" --out "$name.pt" $([ ! -e "$name.pt" ] || echo --resume))
+        --k "$k" --seed "$seed" --out "$name.pt" --resume)
     vectors+=("$name.pt")
     [ "$seed" != 0 ] || curve+=("$OUT"/k"$k".s0.*.pt)
 done; done

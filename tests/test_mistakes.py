@@ -101,6 +101,7 @@ FILES = {                                                   # case: (script, arg
     "an --out that is the prompt": ("stage1_recon", [*PROMPT, "--out", "p.txt"], {}, ["p.txt", "something else"]),
     "a table over an artifact": ("eval_kl", ["--queries", "p.queries.txt", "--out", "out/be.pt"], {}, [".json"]),
     "a look every no steps": ("stage2_kd", [*PROMPT, "--eval-every", 0], {}, ["above 0"]),
+    "a weight of more than all": ("stage2_kd", [*PROMPT, "--lam", 1.5], {}, ["--lam 0 to 1"]),
     "half an emoji": ("stage1_recon", ["--prompt", "j.json"], {
         "j.json": b'{"messages": [{"role": "system", "content": "Be \\ud83d."}]}'}, ["surrogates"]),
     "a question to another model": ("infer", ["--query", "Why?", "--be", "other.pt"], {}, ["other.pt", "other"]),
