@@ -302,8 +302,8 @@ def main():
     train = range(len(held), len(chats))
     counts = args.k, args.steps, args.batch, args.recon_every, args.eval_every, args.answer_tokens
     if min(counts) < 1 or args.tau <= 0 or not 0 <= args.lam <= 1 or len(train) < args.batch or args.batch % world:
-        fail(f"expected all counts and --tau above 0, --lam 0 to 1, --batch {args.batch} a multiple of {world}, so many "
-             f"queries to train on; found {len(train)} after {len(held)} held out; mend that or add queries")
+        fail(f"expected all counts and --tau above 0, --lam 0 to 1, --batch {args.batch} a multiple of {world}, so "
+             f"many queries to train on; found {len(train)} after {len(held)} held out; mend that, or add queries")
     if args.init == "noise" and args.lam < 1:
         fail("--init noise has no [AE] for L_recon: add --lam 1, or run stage 1 first")
     if rank == 0:
