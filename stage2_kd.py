@@ -304,8 +304,8 @@ def main():
     if min(counts) < 1 or args.tau <= 0 or not 0 <= args.lam <= 1 or len(train) < args.batch or args.batch % world:
         fail(f"expected all counts and --tau above 0, --lam 0 to 1, --batch {args.batch} a multiple of {world}, so "
              f"many queries to train on; found {len(train)} after {len(held)} held out; mend that, or add queries")
-    if args.init == "noise" and args.lam < 1:
-        fail("--init noise has no [AE] for L_recon: add --lam 1, or run stage 1 first")
+    if args.init == args.out or args.init == "noise" and args.lam < 1:
+        fail(f"--init {args.init}: expected another file than --out; or noise with --lam 1, as it has no [AE]")
     if rank == 0:
         save(args.out)
     model, tokenizer = load_frozen(args.model, args.device)
