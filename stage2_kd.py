@@ -301,7 +301,7 @@ def main():
     held = range(min(32, max(1, round(args.held_out * len(chats)))))                # the first ones are held out
     train = range(len(held), len(chats))
     counts = args.k, args.steps, args.batch, args.recon_every, args.eval_every, args.answer_tokens
-    if min(counts) < 1 or args.tau <= 0 or not 0 <= args.lam <= 1 or len(train) < args.batch or args.batch % world:
+    if min(counts) < 1 or not args.tau > 0 or not 0 <= args.lam <= 1 or len(train) < args.batch or args.batch % world:
         fail(f"expected all counts and --tau above 0, --lam 0 to 1, --batch {args.batch} a multiple of {world}, so "
              f"many queries to train on; found {len(train)} after {len(held)} held out; mend that, or add queries")
     if args.init == args.out or args.init == "noise" and args.lam < 1:
