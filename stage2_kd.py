@@ -8,7 +8,6 @@ The teacher answers each query once, before training; of every answer token its 
 (Paper, stage 2 and combined objective; the factor tau^2, which keeps the gradient's scale, is not in its formula.)
 
     python stage2_kd.py --prompt prompts/pirate.txt                  # out/recon.pt, pirate.queries.txt -> out/be.pt
-    python stage2_kd.py --prompt p.txt --queries q.jsonl             # rows with a question, instruction, messages
     python stage2_kd.py --prompt p.txt --init noise --k 4 --lam 1   # distillation alone, four vectors, no stage 1
     python stage2_kd.py --prompt p.txt --resume                      # the same command again: a killed run goes on
     torchrun --nproc_per_node=8 stage2_kd.py --prompt p.txt --batch 64      # a share of each batch to a GPU
@@ -305,7 +304,7 @@ def main():
         fail(f"expected all counts and --tau above 0, --lam 0 to 1, --batch {args.batch} a multiple of {world}, so "
              f"many queries to train on; found {len(train)} after {len(held)} held out; mend that, or add queries")
     if args.init == args.out or args.init == "noise" and args.lam < 1:
-        fail(f"--init {args.init}: expected another file than --out; or noise with --lam 1, as it has no [AE]")
+        fail(f"--init {args.init}: expected another file than --out; with noise, which has no [AE], --lam 1")
     if rank == 0:
         save(args.out)
     model, tokenizer = load_frozen(args.model, args.device)
@@ -366,7 +365,8 @@ def main():
         optimizer.param_groups[0]["lr"] = lr * warm * cosine
         optimizer.zero_grad()
         epoch, at = divmod(step, len(train) // args.batch)      # of seed and step alone: a resumed run sees the same
-        batch = random.Random(f"{args.seed} {epoch}").sample(train, len(train))[at * args.batch:][:args.batch]
+        order = random.Random(f"{args.seed} {epoch}").sample(train, len(train))
+        batch = order[at * args.batch:][:args.batch]
         tokens = sum(len(answers[i]) for i in batch)
         batch = batch[rank::world]
         with autocast:                                          # [BE] and query in; out, what prompt and query give

@@ -144,6 +144,17 @@ def test_prompt_embeds_is_the_vector_in_a_message(vectors, work):
     assert torch.equal(opened(io.BytesIO(base64.b64decode(part["data"]))), opened(vectors / "two.pt")["vector"])
 
 
+def test_several_artifacts_are_a_folder_each_and_an_earlier_export_is_replaced_when_asked(vectors, work):
+    for name in ("one", "two"):
+        shutil.copy(vectors / "be.pt", f"{name}.pt")
+    for extra, code in [([], 0), ([], 2), (["--overwrite"], 0)]:
+        assert main("export", "one.pt", "two.pt", "--adapter", "served", *extra).code == code
+        assert [p.name for p in work.glob("*served*")] == ["served"]
+    assert {p.parent.name for p in work.glob("served/*/adapter_config.json")} == {"one", "two"}
+    abouts = json.loads((work / "served/nanobe.json").read_text())
+    assert [about["name"] for about in abouts] == ["one", "two"]
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["be.pt", "--out", "thesis"], ["thesis", "already"]),
     (["be.pt", "--adapter", "thesis", "--overwrite"], ["thesis", "already"]),
