@@ -132,8 +132,9 @@ def main():
     args = settings()
     if not all(query.strip() for query in args.query):
         fail("--query: expected a question, found an empty one")
-    if args.max_new_tokens < 1:
-        fail(f"--max-new-tokens: expected at least 1, found {args.max_new_tokens}")
+    if args.max_new_tokens < 1 or not args.temperature >= 0:
+        fail(f"expected --max-new-tokens of at least 1 and --temperature of at least 0, found {args.max_new_tokens} and "
+             f"{args.temperature}")
     maker = "python stage1_recon.py --prompt p.txt, then python stage2_kd.py --prompt p.txt"
     artifact = load(args.be, "be", maker)
     model, tokenizer = load_frozen(args.model or artifact["model"]["name"], args.device)

@@ -108,6 +108,7 @@ FILES = {                                                   # case: (script, arg
     "a question to another model": ("infer", ["--query", "Why?", "--be", "other.pt"], {}, ["other.pt", "other"]),
     "more vectors than stage 1 made": ("stage2_kd", [*PROMPT, "--k", 4], {}, ["out/recon.pt", "another --k"]),
     "no token": ("infer", ["--query", "Why?", "--max-new-tokens", 0], {}, ["--max-new-tokens", "at least 1"]),
+    "a temperature that is no number": ("infer", ["--query", "Why?", "--temperature", "nan"], {}, ["--temperature"]),
     "more tokens than fit": ("infer", ["--query", "Why?", "--max-new-tokens", 1020], {}, ["at most 4 tokens"]),
     "no query to ask for": ("queries", [*PROMPT, "--count", 0, "--out", "new.txt"], {}, ["--count", "at least 1"]),
     "an empty question": ("infer", ["--query", "  "], {}, ["--query", "empty"]),

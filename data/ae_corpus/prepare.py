@@ -7,6 +7,8 @@
 import argparse, ast, importlib.metadata, importlib.util, json, os, random, re, sysconfig
 from pathlib import Path
 
+from tqdm import tqdm
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -30,7 +32,7 @@ def readmes():
 def docstrings():
     """Those of modules, classes and functions of the standard library and the installed packages."""
     for name in ("stdlib", "purelib"):
-        for path in sorted(Path(sysconfig.get_path(name)).rglob("*.py"))[:20_000]:
+        for path in tqdm(sorted(Path(sysconfig.get_path(name)).rglob("*.py"))[:20_000], desc=name):
             try:
                 for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                     if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
