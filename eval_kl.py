@@ -110,7 +110,7 @@ def chat_ids(tokenizer, messages, generate=True):
     for m, after in zip(messages, words[1:]):
         ids = ids + (text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]) + after
     if len(ids) > tokenizer.model_max_length:
-        fail(f"expected at most {tokenizer.model_max_length} tokens, as many as fit, found {len(ids)}; shorten it")
+        fail(f"expected at most {tokenizer.model_max_length} tokens, with room to answer, found {len(ids)}; shorten it")
     return ids
 # --- end shared -------------------------------------------------------------------------------
 
@@ -191,8 +191,8 @@ def answer_hidden(model, rows, answers, learned):
 
 # --- shared: read_queries ---------------------------------------------------------------------
 def read_queries(path):
-    """One query a line: a text; in a .jsonl or .ndjson an object with a question, query or instruction (and its input),
-    or with messages, the last one the user's -> chats, lists of messages, each once."""
+    """A query a line: in a .txt a text; in all other files, as .jsonl, an object with a question, query or instruction
+    (and its input), or with messages, the last one the user's -> chats, lists of messages, each once."""
     where, chats = path, {}
     try:
         for number, line in enumerate(beside(path).read_text(encoding="utf-8-sig").split("\n"), 1):
@@ -209,8 +209,8 @@ def read_queries(path):
                 raise ValueError(f"no text, or turns of {roles}")
             chats[json.dumps(turns)] = turns
     except Exception as e:                                  # each of many types means the same
-        fail(f"{where}: expected a text in UTF-8, or in a .jsonl rows with a question, query, instruction or messages "
-             f"that end with the user's; found {e!r}; to get some: python queries.py --prompt FILE --out {path}")
+        fail(f"{where}: expected in a .txt a text in UTF-8, else JSON rows: a question, query, instruction or messages "
+             f"that end with the user's; found {e!r}; to get some: python queries.py --prompt P --seed 1 --out NEW.txt")
     return list(chats.values())
 # --- end shared -------------------------------------------------------------------------------
 
@@ -226,15 +226,16 @@ def main():
     asked = read_queries(args.queries)
     chats = [chat for chat in asked if chat not in artifact.get("trained_on", [])]
     print(f"{args.queries}: {len(chats)} test queries; {len(asked) - len(chats)} left out, listed in it as trained on")
-    if len(chats) < 2:
-        fail(f"--queries {args.queries}: expected two or more that [BE] was not trained on, found {len(chats)}")
+    if len(chats) < 2 or args.answer_tokens < 1:
+        fail(f"--queries {args.queries}: expected two or more that [BE] was not trained on, found {len(chats)}, and "
+             f"--answer-tokens above 0, found {args.answer_tokens}")
     if not args.out.endswith(".json") or not os.access(f"{Path(args.out).parent}/", os.W_OK):
         fail(f"--out {args.out}: expected a name in .json, in a folder that can be written to; give another --out")
     model, tokenizer = load_frozen(args.model, args.device)
     load(args.be, "be", "python stage2_kd.py --prompt PROMPT", model)                       # made for these weights?
     tokenizer.model_max_length -= args.answer_tokens        # so that chat_ids leaves room for the answer
 
-    # what is fed: the prompt or, in its place, [BE]; nothing; the noise that a [BE] begins as; its first message cut
+    # what is fed: the prompt or, in its place, [BE], nothing, noise as a [BE] begins, or the prompt's first k tokens
     table, weight = model.get_input_embeddings().weight.float(), model.get_output_embeddings().weight   # (V, d) both
     k, generator = len(artifact["vector"]), torch.Generator().manual_seed(1)
     noise = table.mean(0) + table.std(0) * torch.randn(k, table.shape[1], generator=generator).to(table)

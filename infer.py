@@ -110,7 +110,7 @@ def chat_ids(tokenizer, messages, generate=True):
     for m, after in zip(messages, words[1:]):
         ids = ids + (text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]) + after
     if len(ids) > tokenizer.model_max_length:
-        fail(f"expected at most {tokenizer.model_max_length} tokens, as many as fit, found {len(ids)}; shorten it")
+        fail(f"expected at most {tokenizer.model_max_length} tokens, with room to answer, found {len(ids)}; shorten it")
     return ids
 # --- end shared -------------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ def main():
     if not all(query.strip() for query in args.query):
         fail("--query: expected a question, found an empty one")
     if args.max_new_tokens < 1 or not args.temperature >= 0:
-        fail(f"expected --max-new-tokens of at least 1 and --temperature of at least 0, found {args.max_new_tokens} and "
+        fail(f"expected --max-new-tokens of at least 1, a --temperature of at least 0, found {args.max_new_tokens}, "
              f"{args.temperature}")
     maker = "python stage1_recon.py --prompt p.txt, then python stage2_kd.py --prompt p.txt"
     artifact = load(args.be, "be", maker)

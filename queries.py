@@ -60,8 +60,8 @@ def main():
     out = Path(args.out or re.sub(r"\.(txt|json|md)$", "", str(path)) + ".queries.txt")
     if args.count < 1:
         fail(f"--count: expected at least 1, found {args.count}")
-    if out.exists() or not os.access(f"{out.parent}/", os.W_OK):
-        fail(f"{out}: it is there already, or its folder cannot be written to; give another --out")
+    if out.suffix != ".txt" or out.exists() or not os.access(f"{out.parent}/", os.W_OK):
+        fail(f"{out}: expected a new name in .txt, in a folder that can be written to; give another --out")
     try:
         prompt = Path(path).read_text(encoding="utf-8-sig").strip()
         if str(path).lower().endswith(".json"):

@@ -119,7 +119,7 @@ def chat_ids(tokenizer, messages, generate=True):
     for m, after in zip(messages, words[1:]):
         ids = ids + (text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]) + after
     if len(ids) > tokenizer.model_max_length:
-        fail(f"expected at most {tokenizer.model_max_length} tokens, as many as fit, found {len(ids)}; shorten it")
+        fail(f"expected at most {tokenizer.model_max_length} tokens, with room to answer, found {len(ids)}; shorten it")
     return ids
 # --- end shared -------------------------------------------------------------------------------
 
@@ -174,7 +174,7 @@ def main():
     texts = read_texts(args.data)
     random.Random(args.seed).shuffle(texts)
     held, train = texts[:args.held_out], texts[args.held_out:]
-    if len(train) < args.batch or args.batch % world or min(args.steps, args.batch, args.eval_every, len(held)) < 1:
+    if len(train) < args.batch or args.batch % world or min(args.steps, args.batch, args.eval_every, args.held_out) < 1:
         fail(f"expected counts above 0, --batch a multiple of {world}, and {args.held_out + args.batch} texts of 200 "
              f"characters; found {len(texts)} in {args.data}; make more: python data/ae_corpus/prepare.py --offline")
     if rank == 0:

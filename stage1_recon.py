@@ -116,7 +116,7 @@ def chat_ids(tokenizer, messages, generate=True):
     for m, after in zip(messages, words[1:]):
         ids = ids + (text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]) + after
     if len(ids) > tokenizer.model_max_length:
-        fail(f"expected at most {tokenizer.model_max_length} tokens, as many as fit, found {len(ids)}; shorten it")
+        fail(f"expected at most {tokenizer.model_max_length} tokens, with room to answer, found {len(ids)}; shorten it")
     return ids
 # --- end shared -------------------------------------------------------------------------------
 

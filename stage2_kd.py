@@ -4,7 +4,7 @@
     student   <sys>    [BE]     </sys> <user> q </user> <assistant> a_1 ... a_T     the same, one vector in its place
     loss      L = (1 - lambda) L_recon + lambda L_KD     L_KD = tau^2 mean_t KL(softmax(z_T/tau) || softmax(z_S/tau))
 
-The teacher answers each query once, before training; of every answer token its last hidden state h is kept: z = W h.
+The teacher answers each query once, before training; the last hidden state h that gives each token is kept: z = W h.
 (Paper, stage 2 and combined objective; the factor tau^2, which keeps the gradient's scale, is not in its formula.)
 
     python stage2_kd.py --prompt prompts/pirate.txt                  # out/recon.pt, pirate.queries.txt -> out/be.pt
@@ -126,7 +126,7 @@ def chat_ids(tokenizer, messages, generate=True):
     for m, after in zip(messages, words[1:]):
         ids = ids + (text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]) + after
     if len(ids) > tokenizer.model_max_length:
-        fail(f"expected at most {tokenizer.model_max_length} tokens, as many as fit, found {len(ids)}; shorten it")
+        fail(f"expected at most {tokenizer.model_max_length} tokens, with room to answer, found {len(ids)}; shorten it")
     return ids
 # --- end shared -------------------------------------------------------------------------------
 
@@ -242,8 +242,8 @@ def answer_hidden(model, rows, answers, learned):
 
 # --- shared: read_queries ---------------------------------------------------------------------
 def read_queries(path):
-    """One query a line: a text; in a .jsonl or .ndjson an object with a question, query or instruction (and its input),
-    or with messages, the last one the user's -> chats, lists of messages, each once."""
+    """A query a line: in a .txt a text; in all other files, as .jsonl, an object with a question, query or instruction
+    (and its input), or with messages, the last one the user's -> chats, lists of messages, each once."""
     where, chats = path, {}
     try:
         for number, line in enumerate(beside(path).read_text(encoding="utf-8-sig").split("\n"), 1):
@@ -260,8 +260,8 @@ def read_queries(path):
                 raise ValueError(f"no text, or turns of {roles}")
             chats[json.dumps(turns)] = turns
     except Exception as e:                                  # each of many types means the same
-        fail(f"{where}: expected a text in UTF-8, or in a .jsonl rows with a question, query, instruction or messages "
-             f"that end with the user's; found {e!r}; to get some: python queries.py --prompt FILE --out {path}")
+        fail(f"{where}: expected in a .txt a text in UTF-8, else JSON rows: a question, query, instruction or messages "
+             f"that end with the user's; found {e!r}; to get some: python queries.py --prompt P --seed 1 --out NEW.txt")
     return list(chats.values())
 # --- end shared -------------------------------------------------------------------------------
 
@@ -301,9 +301,9 @@ def main():
     train = range(len(held), len(chats))
     counts = args.k, args.steps, args.batch, args.recon_every, args.eval_every, args.answer_tokens
     if min(counts) < 1 or not args.tau > 0 or not 0 <= args.lam <= 1 or len(train) < args.batch or args.batch % world:
-        fail(f"expected all counts and --tau above 0, --lam 0 to 1, --batch {args.batch} a multiple of {world}, so "
-             f"many queries to train on; found {len(train)} after {len(held)} held out; mend that, or add queries")
-    if args.init == args.out or args.init == "noise" and args.lam < 1:
+        fail(f"expected all counts and --tau above 0, --lam 0 to 1, --batch {args.batch} a multiple of {world}, and no "
+             f"more than the queries to train on, {len(train)} after {len(held)} held out; mend that, or add queries")
+    if Path(args.init) == Path(args.out) or args.init == "noise" and args.lam < 1:
         fail(f"--init {args.init}: expected another file than --out; with noise, which has no [AE], --lam 1")
     if rank == 0:
         save(args.out)
@@ -342,7 +342,7 @@ def main():
     key = str([model.fingerprint, model.dtype, full, model.generation_config.eos_token_id, args.answer_tokens])
     teacher_file = Path(args.out).with_name(f"teacher-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt")
     if rank == 0 and not teacher_file.exists():
-        answers, hidden = answer(model, full, start, args.answer_tokens)
+        answers, hidden = answer(model, full, start, args.answer_tokens)            # no slot in full, so no start
         save(teacher_file, answers=answers, hidden=hidden)
     if world > 1:
         torch.distributed.barrier()
@@ -354,7 +354,7 @@ def main():
         student = answer_hidden(model, [fed[i] for i in held], [answers[i] for i in held], vector)      # (sum T, d)
         return HeadKL.apply(student, torch.cat([taught[i] for i in held]).to(student), weight, 1.0).mean().item()
 
-    none, best = held_out_kl(empty, be), best or {"kl": held_out_kl(rows, be), "vector": start}
+    no_prompt, best = held_out_kl(empty, be), best or {"kl": held_out_kl(rows, be), "vector": start}
     words = rows[0][:rows[0].index(-1)]                 # L_recon as in stage 1: ... [BE] [AE] s_1 ... s_m
     recon_ids = torch.tensor([words + slot + [-1 - len(start)] * len(ae) + s], device=model.device)     # (1, T)
 
@@ -396,10 +396,10 @@ def main():
             run = {"step": step + 1, "be": be.detach().cpu(), "best": best, "optimizer": optimizer.state_dict()}
             save(args.out, kind="be", stage="kd", vector=best["vector"].cpu(), messages=messages, tokens=len(s),
                  ae=ae.cpu(), model={"name": args.model, "fingerprint": model.fingerprint},
-                 metrics={"held-out KL": best["kl"], "no prompt": none, "n": len(held)},
+                 metrics={"held-out KL": best["kl"], "no prompt": no_prompt, "n": len(held)},
                  config=vars(args), history=history, trained_on=chats, run=run)
-        bar.set_postfix(L_KD=f"{kd.item():.3f}", held_out_gap_closed=f"{1 - best['kl'] / none:.3f}")
-    print(f"{1 - best['kl'] / none:.3f} of the held-out gap closed, n = {len(held)}, on which the vector was chosen")
+        bar.set_postfix(L_KD=f"{kd.item():.3f}", held_out_gap_closed=f"{1 - best['kl'] / no_prompt:.3f}")
+    print(f"{1 - best['kl'] / no_prompt:.3f} of the held-out gap closed, n = {len(held)}, which chose the vector")
     print(f"wrote {args.out}\nnext: python eval_kl.py --be {args.out}")
     if world > 1:
         torch.distributed.barrier()                         # before Python ends: gloo's threads may hold tensors
