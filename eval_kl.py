@@ -69,7 +69,7 @@ def load_frozen(name, device="auto"):
             raise ValueError(f"expected every weight, found {len(info['missing_keys'])} missing; an end of turn, found "
                              f"{ends}; messages left as they are by template and tokenizer, found {whole}")
     except Exception as e:                                  # broken folders raise many types; each means the same
-        fail(f"--model {name}: no Llama or Qwen chat model: {e}; the default one comes with: python models/prepare.py")
+        fail(f"--model {name} on {device}: no Llama or Qwen chat model: {e}; for the default: python models/prepare.py")
     flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
     model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
@@ -118,12 +118,12 @@ def chat_ids(tokenizer, messages, generate=True):
 def load(path, kind, maker, model=None):
     """A whole artifact of this kind, made for this model; else one line that names the command that makes it."""
     try:
+        whole = zipfile.ZipFile(beside(path)).testzip() is None                 # the zip's own checksums
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
-        other = artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint
-        if other or zipfile.ZipFile(beside(path)).testzip():                    # the zip's own checksums
+        if not whole or artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint:
             raise ValueError(f"{artifact['kind']} of {artifact['model']['name']}, or a wrong checksum")
     except Exception as e:                                  # a damaged file raises many types; each means the same
-        fail(f"{path}: expected a whole [{kind.upper()}] for this model, found {e!r}; make it with: {maker}")
+        fail(f"{path}: expected a whole [{kind.upper()}] for this model, found {e!r:.150}; make it with: {maker}")
     return artifact
 # --- end shared -------------------------------------------------------------------------------
 
@@ -210,7 +210,7 @@ def read_queries(path):
             chats[json.dumps(turns)] = turns
     except Exception as e:                                  # each of many types means the same
         fail(f"{where}: expected in a .txt a text in UTF-8, else JSON rows: a question, query, instruction or messages "
-             f"that end with the user's; found {e!r}; to get some: python queries.py --prompt P --seed 1 --out NEW.txt")
+             f"that end with the user's; found {e!r:.150}; for some: python queries.py --prompt P --seed 1 --out Q.txt")
     return list(chats.values())
 # --- end shared -------------------------------------------------------------------------------
 
@@ -227,10 +227,10 @@ def main():
     chats = [chat for chat in asked if chat not in artifact.get("trained_on", [])]
     print(f"{args.queries}: {len(chats)} test queries; {len(asked) - len(chats)} left out, listed in it as trained on")
     if len(chats) < 2 or args.answer_tokens < 1:
-        fail(f"--queries {args.queries}: expected two or more that [BE] was not trained on, found {len(chats)}, and "
-             f"--answer-tokens above 0, found {args.answer_tokens}")
-    if not args.out.endswith(".json") or not os.access(f"{Path(args.out).parent}/", os.W_OK):
-        fail(f"--out {args.out}: expected a name in .json, in a folder that can be written to; give another --out")
+        fail(f"--queries {args.queries}: expected 2 not trained on, found {len(chats)}; and --answer-tokens above 0")
+    ours = not Path(args.out).exists() or b'"controls"' in Path(args.out).read_bytes()
+    if not ours or not args.out.endswith(".json") or not os.access(f"{Path(args.out).parent}/", os.W_OK):
+        fail(f"--out {args.out}: expected a new .json, or an earlier table, in a folder to write to; give another")
     model, tokenizer = load_frozen(args.model, args.device)
     load(args.be, "be", "python stage2_kd.py --prompt PROMPT", model)                       # made for these weights?
     tokenizer.model_max_length -= args.answer_tokens        # so that chat_ids leaves room for the answer

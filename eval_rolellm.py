@@ -79,7 +79,7 @@ def load_frozen(name, device="auto"):
             raise ValueError(f"expected every weight, found {len(info['missing_keys'])} missing; an end of turn, found "
                              f"{ends}; messages left as they are by template and tokenizer, found {whole}")
     except Exception as e:                                  # broken folders raise many types; each means the same
-        fail(f"--model {name}: no Llama or Qwen chat model: {e}; the default one comes with: python models/prepare.py")
+        fail(f"--model {name} on {device}: no Llama or Qwen chat model: {e}; for the default: python models/prepare.py")
     flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
     model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
@@ -128,12 +128,12 @@ def chat_ids(tokenizer, messages, generate=True):
 def load(path, kind, maker, model=None):
     """A whole artifact of this kind, made for this model; else one line that names the command that makes it."""
     try:
+        whole = zipfile.ZipFile(beside(path)).testzip() is None                 # the zip's own checksums
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
-        other = artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint
-        if other or zipfile.ZipFile(beside(path)).testzip():                    # the zip's own checksums
+        if not whole or artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint:
             raise ValueError(f"{artifact['kind']} of {artifact['model']['name']}, or a wrong checksum")
     except Exception as e:                                  # a damaged file raises many types; each means the same
-        fail(f"{path}: expected a whole [{kind.upper()}] for this model, found {e!r}; make it with: {maker}")
+        fail(f"{path}: expected a whole [{kind.upper()}] for this model, found {e!r:.150}; make it with: {maker}")
     return artifact
 # --- end shared -------------------------------------------------------------------------------
 

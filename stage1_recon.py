@@ -8,7 +8,6 @@
     python stage1_recon.py --prompt prompts/pirate.txt          # any text file, the default model -> out/recon.pt
     python stage1_recon.py --prompt p.txt --k 4 --steps 2000    # four vectors, longer
     python stage1_recon.py --prompt prompts/gsm8k_8shot.json    # a dialogue: {"messages": [...]}
-    python stage1_recon.py --prompt p.txt --resume              # go on from the last save of a killed run
 
 Expect   prompts/pirate.txt, 357 tokens, two CPU cores: 165 s, 3.80 nats a token, 119 of them right.
 """
@@ -75,7 +74,7 @@ def load_frozen(name, device="auto"):
             raise ValueError(f"expected every weight, found {len(info['missing_keys'])} missing; an end of turn, found "
                              f"{ends}; messages left as they are by template and tokenizer, found {whole}")
     except Exception as e:                                  # broken folders raise many types; each means the same
-        fail(f"--model {name}: no Llama or Qwen chat model: {e}; the default one comes with: python models/prepare.py")
+        fail(f"--model {name} on {device}: no Llama or Qwen chat model: {e}; for the default: python models/prepare.py")
     flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
     model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
@@ -146,12 +145,12 @@ def prompt_ids(tokenizer, messages):
 def load(path, kind, maker, model=None):
     """A whole artifact of this kind, made for this model; else one line that names the command that makes it."""
     try:
+        whole = zipfile.ZipFile(beside(path)).testzip() is None                 # the zip's own checksums
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
-        other = artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint
-        if other or zipfile.ZipFile(beside(path)).testzip():                    # the zip's own checksums
+        if not whole or artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint:
             raise ValueError(f"{artifact['kind']} of {artifact['model']['name']}, or a wrong checksum")
     except Exception as e:                                  # a damaged file raises many types; each means the same
-        fail(f"{path}: expected a whole [{kind.upper()}] for this model, found {e!r}; make it with: {maker}")
+        fail(f"{path}: expected a whole [{kind.upper()}] for this model, found {e!r:.150}; make it with: {maker}")
     return artifact
 # --- end shared -------------------------------------------------------------------------------
 
@@ -159,7 +158,7 @@ def load(path, kind, maker, model=None):
 def save(path, **artifact):
     """Written beside its place and renamed: a kill or a full disk leaves the old one whole. No artifact: just a try."""
     try:
-        if Path(path).exists() and not zipfile.is_zipfile(path):
+        if Path(path).exists() and b"fingerprint" not in Path(path).read_bytes():       # torch.save compresses nothing
             raise OSError("something else is there")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         torch.save(artifact, f"{path}.tmp")
@@ -200,7 +199,7 @@ def main():
     if args.resume and Path(args.out).exists():
         saved = load(args.out, "be", f"{sys.argv[0]}, without --resume", model)
         if saved["messages"] != messages or saved["config"] | {"resume": True} != vars(args) or "run" not in saved:
-            fail(f"--resume: {args.out} holds no run of these settings; give the same ones, or leave --resume out")
+            fail(f"--resume: {args.out} holds no run of these settings; give the same ones, or a new --out")
         first, best, history = saved["run"]["step"], saved["run"]["best"], saved["history"]
         be.data.copy_(saved["run"]["be"])
         optimizer.load_state_dict(saved["run"]["optimizer"])
@@ -233,7 +232,8 @@ def main():
                  config=vars(args), history=history, run=run)
 
     print(f"{best['loss']:.3f} nats a token; with the true past given {best['right']} of {len(s)} tokens are right")
-    print(f"wrote {args.out}\nnext: python stage2_kd.py --prompt {args.prompt} --model {args.model} --init {args.out}")
+    print(f"wrote {args.out}\nnext: python stage2_kd.py --prompt {args.prompt} --model {args.model} --init {args.out} "
+          f"--out {args.out.replace('recon', 'be')}")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def load_frozen(name, device="auto"):
             raise ValueError(f"expected every weight, found {len(info['missing_keys'])} missing; an end of turn, found "
                              f"{ends}; messages left as they are by template and tokenizer, found {whole}")
     except Exception as e:                                  # broken folders raise many types; each means the same
-        fail(f"--model {name}: no Llama or Qwen chat model: {e}; the default one comes with: python models/prepare.py")
+        fail(f"--model {name} on {device}: no Llama or Qwen chat model: {e}; for the default: python models/prepare.py")
     flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
     model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
@@ -156,12 +156,12 @@ def prompt_ids(tokenizer, messages):
 def load(path, kind, maker, model=None):
     """A whole artifact of this kind, made for this model; else one line that names the command that makes it."""
     try:
+        whole = zipfile.ZipFile(beside(path)).testzip() is None                 # the zip's own checksums
         artifact = torch.load(beside(path), map_location="cpu", weights_only=True)
-        other = artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint
-        if other or zipfile.ZipFile(beside(path)).testzip():                    # the zip's own checksums
+        if not whole or artifact["kind"] != kind or model and artifact["model"]["fingerprint"] != model.fingerprint:
             raise ValueError(f"{artifact['kind']} of {artifact['model']['name']}, or a wrong checksum")
     except Exception as e:                                  # a damaged file raises many types; each means the same
-        fail(f"{path}: expected a whole [{kind.upper()}] for this model, found {e!r}; make it with: {maker}")
+        fail(f"{path}: expected a whole [{kind.upper()}] for this model, found {e!r:.150}; make it with: {maker}")
     return artifact
 # --- end shared -------------------------------------------------------------------------------
 
@@ -169,7 +169,7 @@ def load(path, kind, maker, model=None):
 def save(path, **artifact):
     """Written beside its place and renamed: a kill or a full disk leaves the old one whole. No artifact: just a try."""
     try:
-        if Path(path).exists() and not zipfile.is_zipfile(path):
+        if Path(path).exists() and b"fingerprint" not in Path(path).read_bytes():       # torch.save compresses nothing
             raise OSError("something else is there")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         torch.save(artifact, f"{path}.tmp")
@@ -261,7 +261,7 @@ def read_queries(path):
             chats[json.dumps(turns)] = turns
     except Exception as e:                                  # each of many types means the same
         fail(f"{where}: expected in a .txt a text in UTF-8, else JSON rows: a question, query, instruction or messages "
-             f"that end with the user's; found {e!r}; to get some: python queries.py --prompt P --seed 1 --out NEW.txt")
+             f"that end with the user's; found {e!r:.150}; for some: python queries.py --prompt P --seed 1 --out Q.txt")
     return list(chats.values())
 # --- end shared -------------------------------------------------------------------------------
 
@@ -318,7 +318,7 @@ def main():
     if args.init != "noise":
         stage1 = load(args.init, "be", f"python stage1_recon.py --prompt {args.prompt} --model {args.model}", model)
         if stage1["messages"] != messages or args.k not in (1, len(stage1["vector"])):
-            fail(f"{args.init}: for another prompt or another --k; python stage1_recon.py --prompt {args.prompt}")
+            fail(f"{args.init}: of another prompt or --k; python stage1_recon.py --prompt {args.prompt} --k {args.k}")
         start, ae = stage1["vector"].to(mean), stage1["ae"].to(mean)
     be = torch.nn.Parameter(start.clone())                                                              # (k, d) fp32
     optimizer = torch.optim.AdamW([be], betas=(0.9, 0.95), weight_decay=0)
@@ -327,7 +327,7 @@ def main():
         saved = load(args.out, "be", f"{sys.argv[0]}, without --resume", model)
         asked = saved["messages"], saved.get("trained_on"), saved["config"] | {"resume": True}
         if asked != (messages, chats, vars(args)) or "run" not in saved or saved["vector"].shape != be.shape:
-            fail(f"--resume: {args.out} holds no run of these settings; give the same ones, or leave --resume out")
+            fail(f"--resume: {args.out} holds no run of these settings; give the same ones, or a new --out")
         first, best, history = saved["run"]["step"], saved["run"]["best"], saved["history"]
         be.data.copy_(saved["run"]["be"])
         optimizer.load_state_dict(saved["run"]["optimizer"])

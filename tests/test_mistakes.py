@@ -95,21 +95,27 @@ FILES = {                                                   # case: (script, arg
     "noise, and L_recon": ("stage2_kd", [*PROMPT, "--init", "noise"], {}, ["--lam 1"]),
     "stage 1 trained over": ("stage2_kd", [*PROMPT, "--out", "out/recon.pt"], {}, ["out/recon.pt", "another file"]),
     "stage 2 resumed from stage 1": ("stage2_kd", [*NOISE, "--resume", "--out", "out/recon.pt"], {},
-                                     ["out/recon.pt", "leave --resume out"]),
+                                     ["out/recon.pt", "a new --out"]),
     "stage 1 resumed from stage 2": ("stage1_recon", [*PROMPT, "--resume", "--out", "out/be.pt"], {},
-                                     ["out/be.pt", "leave --resume out"]),
+                                     ["out/be.pt", "a new --out"]),
     "an --out that is no place": ("stage1_recon", [*PROMPT, "--out", "p.txt/be.pt"], {}, ["p.txt/be.pt", "--out"]),
     "an --out that is the prompt": ("stage1_recon", [*PROMPT, "--out", "p.txt"], {}, ["p.txt", "something else"]),
     "a table over an artifact": ("eval_kl", ["--queries", "p.queries.txt", "--out", "out/be.pt"], {}, [".json"]),
+    "a table over someone's file": ("eval_kl", ["--queries", "p.queries.txt", "--out", "package.json"], {
+        "package.json": b"{}"}, ["package.json", "a new .json"]),
+    "an --out that is a document": ("stage1_recon", [*PROMPT, "--out", "a.docx"], {
+        "a.docx": b"PK\5\6" + bytes(18)}, ["a.docx", "something else"]),
+    "a text for an artifact": ("infer", ["--query", "Why?", "--be", "p.txt"], {}, ["not a zip file", "stage2_kd.py"]),
     "a look every no steps": ("stage2_kd", [*PROMPT, "--eval-every", 0], {}, ["above 0"]),
     "a weight of more than all": ("stage2_kd", [*PROMPT, "--lam", 1.5], {}, ["--lam 0 to 1"]),
     "half an emoji": ("stage1_recon", ["--prompt", "j.json"], {
         "j.json": b'{"messages": [{"role": "system", "content": "Be \\ud83d."}]}'}, ["surrogates"]),
     "a question to another model": ("infer", ["--query", "Why?", "--be", "other.pt"], {}, ["other.pt", "other"]),
-    "more vectors than stage 1 made": ("stage2_kd", [*PROMPT, "--k", 4], {}, ["out/recon.pt", "another --k"]),
+    "more vectors than stage 1 made": ("stage2_kd", [*PROMPT, "--k", 4], {}, ["out/recon.pt", "--k 4"]),
     "no token": ("infer", ["--query", "Why?", "--max-new-tokens", 0], {}, ["--max-new-tokens", "at least 1"]),
     "a temperature that is no number": ("infer", ["--query", "Why?", "--temperature", "nan"], {}, ["--temperature"]),
     "more tokens than fit": ("infer", ["--query", "Why?", "--max-new-tokens", 1020], {}, ["at most 4 tokens"]),
+    "far more tokens than fit": ("infer", ["--query", "Why?", "--max-new-tokens", 9999], {}, ["context is 1024"]),
     "no query to ask for": ("queries", [*PROMPT, "--count", 0, "--out", "new.txt"], {}, ["--count", "at least 1"]),
     "an empty question": ("infer", ["--query", "  "], {}, ["--query", "empty"]),
     "no test queries": ("eval_kl", ["--queries", "t.txt"], {"t.txt": b"\n"}, ["t.txt", "found 0"]),
@@ -190,7 +196,8 @@ def test_from_another_folder_the_shipped_files_are_found_and_out_stays_here(chec
 
 # --- artifacts
 
-OLD, NEW = {"kind": "be", "vector": torch.ones(2, 64)}, {"kind": "be", "vector": torch.zeros(2, 64)}
+OLD = {"kind": "be", "vector": torch.ones(2, 64), "model": {"name": "tiny", "fingerprint": "abc"}}
+NEW = OLD | {"vector": torch.zeros(2, 64)}
 FAULTS = {"killed while it writes": ("torch.save", KeyboardInterrupt()),
           "killed before the rename": ("os.replace", KeyboardInterrupt()),
           "a full disk, as torch tells it": ("torch.save", RuntimeError("unexpected pos 64 vs 0")),
@@ -234,14 +241,13 @@ def flip(path):
     path.write_bytes(data)
 
 
-GOOD = OLD | {"model": {"name": "tiny", "fingerprint": "abc"}}
 BAD = {"missing": lambda p: p.unlink(),
        "cut": lambda p: p.write_bytes(p.read_bytes()[:-100]),
        "one bit flipped": flip,
        "no artifact": lambda p: torch.save({"vector": torch.ones(2, 64)}, p),
-       "another kind": lambda p: torch.save(GOOD | {"kind": "ae"}, p),
-       "another model's": lambda p: torch.save(GOOD | {"model": {"name": "other", "fingerprint": "f00"}}, p),
-       "code": lambda p: torch.save(GOOD | {"more": Evil()}, p)}
+       "another kind": lambda p: torch.save(OLD | {"kind": "ae"}, p),
+       "another model's": lambda p: torch.save(OLD | {"model": {"name": "other", "fingerprint": "f00"}}, p),
+       "code": lambda p: torch.save(OLD | {"more": Evil()}, p)}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -249,7 +255,7 @@ def test_a_file_that_is_not_a_whole_artifact_is_refused_in_one_line(case, tmp_pa
     path = tmp_path / "be.pt"
     monkeypatch.chdir(tmp_path)
     model = SimpleNamespace(fingerprint="abc")
-    torch.save(GOOD, path)
+    torch.save(OLD, path)
     assert torch.equal(kd.load(path, "be", "python MAKER.py", model)["vector"], OLD["vector"])
     BAD[case](path)
     refused(caught(kd.load, path, "be", "python MAKER.py", model), "be.pt", "python MAKER.py")

@@ -26,9 +26,12 @@ def rows(path):
 
 
 def write(path, texts):
-    """One text a line, each once, in the order of the rows."""
+    """One text a line, each once, in the order of the rows. A file that was mended by hand stays."""
     lines = dict.fromkeys(" ".join(text.split()) for text in texts)
-    Path(f"{path}.tmp").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    text = "".join(line + "\n" for line in lines)
+    if Path(path).exists() and Path(path).read_text(encoding="utf-8") != text:
+        raise FileExistsError(f"{path} holds something else, which stays; move it away first")
+    Path(f"{path}.tmp").write_text(text, encoding="utf-8")
     os.replace(f"{path}.tmp", path)
     return len(lines)
 
@@ -47,6 +50,8 @@ if __name__ == "__main__":
                                               allow_patterns=[ABOUT, TRAIN.format(role="*"), TEST])
         about, test = json.loads((folder / ABOUT).read_text(encoding="utf-8")), rows(folder / TEST)
         train = {role: folder / TRAIN.format(role=role) for role in about}
+        if unknown := {*(args.roles or [])} - {*about}:
+            raise ValueError(f"no {sorted(unknown)}; there are {sorted(about)}")
         for role in args.roles or filter(lambda role: train[role].exists(), about):
             base = HERE / role.replace(" ", "_")
             write(f"{base}.txt", [PROMPT.format(role=role, description=about[role])])
@@ -55,6 +60,6 @@ if __name__ == "__main__":
             print(f"{base}.txt: {trained} training and {tested} test questions")
     except Exception as e:          # the hub and a folder of another layout raise many types
         why = " ".join(f"{type(e).__name__}: {e}".split())
-        print(f"prepare.py: {folder}: expected RoleBench's layout with these roles in it: {why}; without the hub, give "
-              "a folder with --from", file=sys.stderr)
+        print(f"prepare.py: {folder}: expected RoleBench's layout with these roles in it: {why}; --from takes a folder "
+              "that is here already", file=sys.stderr)
         sys.exit(2)
