@@ -10,7 +10,7 @@
     python export.py out/be.pt --out served/pirate-model        # 330 MB. Several become several tokens of one model
     python export.py out/be.pt --prompt-embeds be.json
 """
-import argparse, base64, hashlib, io, json, os, re, sys, tempfile, zipfile
+import argparse, base64, hashlib, io, json, os, re, shlex, sys, tempfile, zipfile
 from pathlib import Path
 
 import safetensors.torch
@@ -209,8 +209,8 @@ def main():
         torch.save(artifacts[0]["vector"].clone(), file)                                            # (k, d) fp32
         part = {"type": "prompt_embeds", "data": base64.b64encode(file.getvalue()).decode()}
         files[""] = {"role": "system", "content": [part]}
-        lines = [f"{vllm} {engine} --enable-prompt-embeds"]
-        system = f"$(cat {out})"
+        lines = [f"{vllm} {shlex.quote(engine)} --enable-prompt-embeds"]
+        system = f"$(cat {shlex.quote(str(out))})"
     else:
         model, tokenizer = load_frozen(source, "cpu")
         free = unused_tokens(tokenizer, model.generation_config.eos_token_id)
@@ -242,8 +242,8 @@ def main():
         more = json.dumps({"lora_name": names[0], "lora_path": modules[0].partition("=")[2]})
         # by default vLLM has room for rank 16 in every layer, and its CPU code multiplies all that emptiness
         rank = next(r for r in (1, 8, 16, 32, 64, 128, 256, 512) if r >= max(len(about["ids"]) for about in abouts))
-        lines = [f"{vllm} {engine} --enable-lora --lora-target-modules embed_tokens --max-lora-rank {rank} --max-loras "
-                 f"{len(names)} --lora-modules {' '.join(modules)}",
+        lines = [f"{vllm} {shlex.quote(engine)} --enable-lora --lora-target-modules embed_tokens --max-lora-rank {rank}"
+                 f" --max-loras {len(names)} --lora-modules {shlex.join(modules)}",
                  f"or, where it runs with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1: {curl}/load_lora_adapter -d '{more}'"]
         if model.config.model_type == "qwen2":
             lines = ["vLLM takes no LoRA on a Qwen2's embeddings: export with --prompt-embeds or --out for it"]
@@ -251,7 +251,8 @@ def main():
         lines.append(f"or, in Python: peft.PeftModel.from_pretrained(model, '{modules[0].partition('=')[2]}')")
         if args.out:
             files |= checkpoint_files([be["vector"] for be in artifacts], abouts, model, tokenizer, args.dtype)
-            served, lines = str(out), [f"{vllm} {out}", f"or: transformers serve {out}"]
+            served, here = str(out), shlex.quote(str(out))
+            lines = [f"{vllm} {here}", f"or: transformers serve {here}"]
     write(out, files)
     body = {"model": served, "messages": ["SYSTEM", asked], "temperature": 0, "max_tokens": 60,
             "chat_template_kwargs": TEMPLATE}               # the chat template as it was in training
