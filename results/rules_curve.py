@@ -1,14 +1,14 @@
-"""Rules kept against steps of training, for each number of vectors: results/rules-curve.json -> results/rules.png"""
+"""Rules kept against steps of training, for each number of vectors: results/rules-curve*.json -> results/rules.png"""
 import json, re
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
-found = json.loads((HERE / "rules-curve.json").read_text())
+found = [json.loads(path.read_text()) for path in sorted(HERE.glob("rules-curve*.json"))]
 figure = Figure(figsize=(8, 3.4), layout="constrained")
 for axes, (kind, title) in zip(figure.subplots(1, 2, sharey=True), {"style": "style rules", "facts": "facts"}.items()):
-    kept, lines = {name: row["mean"] for name, row in found[kind]["all"].items()}, {}
+    kept, lines = {name: row["mean"] for part in found for name, row in part[kind]["all"].items()}, {}
     for name, rate in kept.items():
         if match := re.search(r"k(\d+)\.s\d+\.(\d+)\.pt", name):
             lines.setdefault(int(match[1]), {0: kept["no prompt"]})[int(match[2])] = rate
