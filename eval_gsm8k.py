@@ -243,8 +243,8 @@ def main():
         rows = [json.loads(line) for line in beside(args.data).open(encoding="utf-8")][:args.n]
         asked = [[{"role": "user", "content": WORDING.format(question=r["question"].strip())}] for r in rows]
         gold = [numbers(r["answer"].split("####")[1])[0] for r in rows]
-        if not rows or args.batch < 1:
-            raise ValueError("no question, or a --batch of less than one")
+        if not rows or min(args.batch, args.n or 1) < 1:
+            raise ValueError("no question, or a --n or --batch of less than one")
     except Exception as e:                                  # each of many types means the same
         fail(f"--data {args.data}: expected rows with a question, and an answer that ends with #### and a number; "
              f"found {type(e).__name__}: {e}; make it with: python data/gsm8k/prepare.py")

@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 MODEL=${1:?a folder or hub name} PYTHON=${PYTHON:-.venv/bin/python} OUT=${OUT:-out/rules}
-KS=${KS:-1 2 4 8 16} SEEDS=${SEEDS:-0 1 2} STEPS=${STEPS:-200} LR=${LR:-0.2}
+KS=${KS:-1 2 4 8 16} SEEDS=${SEEDS:-0 1 2} STEPS=${STEPS:-200} LR=${LR:-0.5}
 
 vectors=() curve=()
 for k in $KS; do for seed in $SEEDS; do

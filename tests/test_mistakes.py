@@ -121,6 +121,8 @@ FILES = {                                                   # case: (script, arg
     "no test queries": ("eval_kl", ["--queries", "t.txt"], {"t.txt": b"\n"}, ["t.txt", "found 0"]),
     "no answer of an earlier run": ("eval_gsm8k", ["--data", "d.jsonl", "--out", "g.jsonl"], {
         "d.jsonl": b'{"question": "Why?", "answer": "#### 7"}\n', "g.jsonl": b"no rows\n"}, ["g.jsonl", "earlier run"]),
+    "fewer than no questions": ("eval_gsm8k", ["--data", "d.jsonl", "--n", -2], {
+        "d.jsonl": b'{"question": "Why?", "answer": "#### 7"}\n' * 3}, ["--n"]),
     "no gold": ("eval_gsm8k", ["--data", "g.jsonl"], {"g.jsonl": b'{"question": "Why?", "answer": "it is 7"}\n'},
                 ["g.jsonl", "python data/gsm8k/prepare.py"]),
     "no RoleBench": ("eval_rolellm", ["--data", "nope"], {}, ["nope", "python data/rolellm/prepare.py"]),
