@@ -227,7 +227,7 @@ def main():
     chats = [chat for chat in asked if chat not in artifact.get("trained_on", [])]
     print(f"{args.queries}: {len(chats)} test queries; {len(asked) - len(chats)} left out, listed in it as trained on")
     if len(chats) < 2 or args.answer_tokens < 1:
-        fail(f"--queries {args.queries}: expected 2 not trained on, found {len(chats)}; and --answer-tokens above 0")
+        fail(f"--queries {args.queries}: expected 2 not in its training, found {len(chats)}; --answer-tokens above 0")
     ours = not Path(args.out).exists() or b'"controls"' in Path(args.out).read_bytes()
     if not ours or not args.out.endswith(".json") or not os.access(f"{Path(args.out).parent}/", os.W_OK):
         fail(f"--out {args.out}: expected a new .json, or an earlier table, in a folder to write to; give another")

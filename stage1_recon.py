@@ -233,7 +233,7 @@ def main():
 
     print(f"{best['loss']:.3f} nats a token; with the true past given {best['right']} of {len(s)} tokens are right")
     print(f"wrote {args.out}\nnext: python stage2_kd.py --prompt {args.prompt} --model {args.model} --init {args.out} "
-          f"--out {args.out.replace('recon', 'be')}")
+          f"--out {Path(args.out).with_name('be.' + Path(args.out).name.removeprefix('recon.'))}")
 
 
 if __name__ == "__main__":
