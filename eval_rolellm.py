@@ -11,7 +11,7 @@
 Answers are kept beside --out, each under a hash of all that decides it: a killed run goes on. A judge's win rate over
 them: results/judge.py.
 """
-import argparse, copy, hashlib, json, math, os, re, sys, types, zipfile
+import argparse, hashlib, itertools, json, math, os, re, sys, types, zipfile
 from pathlib import Path
 
 import torch
@@ -142,10 +142,9 @@ def pack(rows, n):
     """Rows of ids as ONE sequence: the n ids that all begin with stand once, owned by -1, then the rest of row b, owned
     by b. No padding, and a prompt of thousands of tokens is read once -> ids, positions, owners, each (T,).
     [7 8 1 2], [7 8 3]:     ids 7 8 1 2 3     positions 0 1 2 3 2     owners -1 -1 0 0 1"""
-    ids = rows[0][:n] + [i for row in rows for i in row[n:]]
-    positions = [*range(n)] + [p for row in rows for p in range(n, len(row))]
-    owners = [-1] * n + [b for b, row in enumerate(rows) for _ in row[n:]]
-    return torch.tensor(ids), torch.tensor(positions), torch.tensor(owners)
+    shared = [(rows[0][p], p, -1) for p in range(n)]
+    own = [(row[p], p, b) for b, row in enumerate(rows) for p in range(n, len(row))]
+    return torch.tensor(shared + own).T
 
 
 def read(model, learned, ids, positions, owners, cache=None):
@@ -160,30 +159,31 @@ def read(model, learned, ids, positions, owners, cache=None):
 @torch.no_grad()
 def answer(model, rows, learned, limit, pack_tokens=4096):
     """The model's own greedy answers to rows of ids, each up to an end of turn or limit tokens -> lists of ids, and the
-    hidden states (T, d) they were chosen from. What all rows begin with, the prompt, is read once for all packs."""
-    weight, stop = model.get_output_embeddings().weight, torch.tensor(model.generation_config.eos_token_id)
+    hidden states (T, d) they were chosen from. As an answer ends, its row leaves the pack and the next one joins."""
+    weight, stop = model.get_output_embeddings().weight, model.generation_config.eos_token_id
     n = min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)       # each row keeps an id of its own
-    beginning, answers, hidden = transformers.DynamicCache(), [], []
-    if n:
-        read(model, learned, *pack([rows[0][:n]], n), beginning)
     size = max(1, pack_tokens // (max(map(len, rows)) - n + limit))         # attention costs the square of a pack
-    for part in tqdm([rows[i:i + size] for i in range(0, len(rows), size)], desc="answers", leave=False):
-        ids, positions, owners = pack(part, n)
-        end, cache, said, states = torch.tensor([len(row) for row in part]), copy.deepcopy(beginning), [], []
-        h = read(model, learned, ids[n:], positions[n:], owners, cache)[(end - n).cumsum(0) - 1]        # (B, d)
-        while True:
-            states.append(h)
-            said.append((h @ weight.T).argmax(-1).cpu())                                                # (B,)
-            ended = torch.isin(torch.stack(said, 1), stop)                                              # (B, t)
-            if len(said) >= limit or ended.any(1).all():
-                break
-            owners = torch.cat([owners, torch.arange(len(part))])
-            h = read(model, learned, said[-1], end + len(said) - 1, owners, cache)
-        for tokens, row_states, e in zip(torch.stack(said, 1).tolist(), torch.stack(states, 1).cpu(), ended):
-            length = int(e.int().argmax()) + 1 if e.any() else len(tokens)
-            answers.append(tokens[:length])
-            hidden.append(row_states[:length].clone())
-    return answers, hidden
+    texts, hidden, speaking = [row[:] for row in rows], [[] for _ in rows], []
+    cache, owners = transformers.DynamicCache(), torch.full((n,), -1)
+    if n:
+        read(model, learned, *pack([rows[0][:n]], n), cache)                # what all begin with, the prompt, once
+    waiting = iter(tqdm(range(len(rows)), desc="answers", leave=False))
+    while speaking := speaking + list(itertools.islice(waiting, size - len(speaking))):
+        joining = [(texts[b][p], p, b) for b in speaking if not hidden[b] for p in range(n, len(texts[b]) - 1)]
+        last = [(texts[b][-1], len(texts[b]) - 1, b) for b in speaking]
+        ids, positions, new = torch.tensor(joining + last).T
+        owners = torch.cat([owners, new])
+        h = read(model, learned, ids, positions, owners, cache)[-len(last):]                                # (B, d)
+        for b, token, state in zip(speaking, (h @ weight.T).argmax(-1).cpu().tolist(), h.cpu()):
+            texts[b].append(token)
+            hidden[b].append(state)
+        speaking = [b for b in speaking if texts[b][-1] not in stop and len(hidden[b]) < limit]
+        if len(speaking) < len(last):                       # who has ended leaves, with its keys and values
+            stay = torch.isin(owners, torch.tensor([-1] + speaking))
+            owners = owners[stay]
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, stay], layer.values[:, :, stay]
+    return [text[len(row):] for text, row in zip(texts, rows)], [torch.stack(states) for states in hidden]
 # --- end shared -------------------------------------------------------------------------------
 
 # --- shared: answer_hidden --------------------------------------------------------------------

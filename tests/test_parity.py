@@ -49,13 +49,13 @@ def test_a_slot_with_a_tokens_embedding_is_that_token(loaded):
 
 
 def test_packed_answers_are_the_plain_greedy_ones(loaded, monkeypatch):
-    """Every answer, of every kind of rows, in one pack or in many; with ends of turn that come at different times."""
+    """Every answer, of every kind of rows: all in one pack, or some, whose places others take when they have ended."""
     model, tokenizer = loaded
     rows = cases(tokenizer)
     plain = {tuple(row): plain_greedy(model, row, LEARNED, 8, []) for batch in rows.values() for row in batch}
     first, second, *_ = (plain[tuple(row)] for row in rows["one prompt"])
     lengths = set()
-    for ends, size in [([], 4096), ([first[2], second[5]], 4096), ([first[2], second[5]], 40)]:
+    for ends, size in [([], 4096)] + [([first[2], second[5]], size) for size in (4096, 100, 40)]:
         monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
         for name, batch in rows.items():
             answers, hidden = kd.answer(model, batch, LEARNED, 8, size)
