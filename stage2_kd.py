@@ -204,17 +204,17 @@ def answer(model, rows, learned, limit, pack_tokens=4096):
     weight, stop = model.get_output_embeddings().weight, model.generation_config.eos_token_id
     n = min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)       # each row keeps an id of its own
     size = max(1, pack_tokens // (max(map(len, rows)) - n + limit))         # attention costs the square of a pack
-    texts, hidden, speaking = [row[:] for row in rows], [[] for _ in rows], []
+    texts, hidden, speaking = [row[:] for row in rows], [[] for _ in rows], []      # B rows speak at a time
     cache, owners = transformers.DynamicCache(), torch.full((n,), -1)
     if n:
-        read(model, learned, *pack([rows[0][:n]], n), cache)                # what all begin with, the prompt, once
+        read(model, learned, *pack([rows[0][:n]], n), cache)                # what all begin with, once
     waiting = iter(tqdm(range(len(rows)), desc="answers", leave=False))
-    while speaking := speaking + list(itertools.islice(waiting, size - len(speaking))):
+    while speaking := speaking + list(itertools.islice(waiting, size - len(speaking))):     # free places are taken
         joining = [(texts[b][p], p, b) for b in speaking if not hidden[b] for p in range(n, len(texts[b]) - 1)]
         last = [(texts[b][-1], len(texts[b]) - 1, b) for b in speaking]
         ids, positions, new = torch.tensor(joining + last).T
         owners = torch.cat([owners, new])
-        h = read(model, learned, ids, positions, owners, cache)[-len(last):]                                # (B, d)
+        h = read(model, learned, ids, positions, owners, cache)[-len(last):].clone()               # (B, d), of the last
         for b, token, state in zip(speaking, (h @ weight.T).argmax(-1).cpu().tolist(), h.cpu()):
             texts[b].append(token)
             hidden[b].append(state)
