@@ -14,7 +14,7 @@ demo: $(DEMO)/be.kl.json
 	    "I had a bad day at work. Any advice?"
 
 $(DEMO)/recon.done: | .venv/installed $(MODEL)
-	$(BIN)/python stage1_recon.py --prompt prompts/pirate.txt --out $(DEMO)/recon.pt --resume
+	$(BIN)/python stage1_recon.py --prompt prompts/pirate.txt --steps 20 --out $(DEMO)/recon.pt --resume
 	@touch $@
 
 $(DEMO)/be.done: $(DEMO)/recon.done
