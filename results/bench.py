@@ -149,7 +149,8 @@ def greedy(model, rows, learned, limit, stop, prompt=None):
 @torch.no_grad()
 def in_batches(model, rows, learned, limit, share):
     """greedy over batches of like length -> answers. share: the prompt is read once, and its cache repeated."""
-    stop, n, answers, prompt = model.generation_config.eos_token_id, len(os.path.commonprefix(rows)), {}, None
+    stop, answers, prompt = model.generation_config.eos_token_id, {}, None
+    n = min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)       # each row keeps an id of its own
     if share:
         prompt = transformers.DynamicCache()
         model.get_decoder()(torch.tensor([rows[0][:n]], device=model.device), None, None, prompt)
