@@ -1,15 +1,15 @@
-"""RoleBench: does [BE] play the part as well as the prompt that it stands for? Three answers to each test question.
+"""RoleBench: does [BE] play the part as well as the prompt that it stands for? Four answers to each test question.
 
     full   <sys> prompt </sys> <user> q </user> <assistant>      be, none: the same with [BE], or nothing, in its place
-    full, be, none: ROUGE-L F against RoleBench's references, and as ..._teacher against full's own answers
-    retention = be / full        gap closed = 1 - KL(be) / KL(none), over the first 32 tokens of full's answers
+    default: no system message at all, for which many templates have words of their own
+    of each: ROUGE-L F against RoleBench's references, as ..._teacher against full's own answers, and ..._kl from full
+    retention = be / full        gap closed = 1 - be_kl / none_kl, over the first 32 tokens of full's answers
 
     python data/rolellm/prepare.py              # once: RoleBench, and each role's prompt for stages 1 and 2
     python eval_rolellm.py                      # the six of artifacts/roles -> out/rolellm.md, out/rolellm.json
     python eval_rolellm.py --artifacts mine --roles "Jack Sparrow" Coriolanus       # mine/Jack_Sparrow.pt, ...
 
-Answers are kept beside --out, each under a hash of all that decides it: a killed run goes on. A judge's win rate over
-them: results/judge.py.
+Answers are kept beside --out, under a hash of all that decides each: a killed run goes on. results/judge.py reads them.
 """
 import argparse, hashlib, itertools, json, math, os, re, sys, types, zipfile
 from pathlib import Path
@@ -24,7 +24,8 @@ from tqdm import tqdm
 # rouge-score's own tokenizer, which knows a to z and 0 to 9 alone
 ALONE = "\u0e00-\u0eff\u3041-\u30fa\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 WORD = re.compile(f"[{ALONE}]|[^\\W_{ALONE}]+")
-COLUMNS = ["full", "be", "none", "retention", "be_teacher", "none_teacher", "kl", "gap_closed"]
+COLUMNS = ["full", "be", "none", "default", "retention", "be_teacher", "none_teacher", "default_teacher",
+           "be_kl", "none_kl", "default_kl", "gap_closed"]
 
 
 def settings():
@@ -256,7 +257,8 @@ def main():
         vector, slot = be["vector"].to(model.device), [-1 - i for i in range(len(be["vector"]))]        # (k, d)
         fed = {"full": [chat_ids(tokenizer, be["messages"] + chat) for chat in chats],
                "be": [chat_ids(tokenizer, [{"role": "system", "content": slot}] + chat) for chat in chats],
-               "none": [chat_ids(tokenizer, [{"role": "system", "content": []}] + chat) for chat in chats]}
+               "none": [chat_ids(tokenizer, [{"role": "system", "content": []}] + chat) for chat in chats],
+               "default": [chat_ids(tokenizer, chat) for chat in chats]}
         r = {"role": role, "n": len(chats), "prompt_tokens": be["tokens"], "k": len(slot)}
 
         # the answers, those that are not there yet
@@ -274,7 +276,6 @@ def main():
                 Path(f"{kept}.tmp").write_text("".join(json.dumps(row) + "\n" for row in answers.values()))
                 os.replace(f"{kept}.tmp", kept)             # whole or not at all
             said[condition] = [answers[key] for key in keys]
-
         texts = {condition: [row["answer"] for row in said[condition]] for condition in fed}
 
         # ROUGE-L F, the best of a question's references
@@ -292,8 +293,8 @@ def main():
             logp = {c: F.log_softmax((h @ weight.T).float(), -1) for c, h in hidden.items()}        # (sum T, V) each
             for c in fed:
                 kl[c] += F.kl_div(logp[c], logp["full"], reduction="sum", log_target=True).item()
-        r |= {"kl": kl["be"] / sum(map(len, first)), "gap_closed": 1 - kl["be"] / kl["none"]}
-        table.append(r)
+        r |= {c + "_kl": nats / sum(map(len, first)) for c, nats in kl.items()}
+        table.append(r | {"gap_closed": 1 - kl["be"] / kl["none"]})
 
     # means over roles; retention's is the ratio of two means
     means = {}

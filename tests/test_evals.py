@@ -184,12 +184,14 @@ def test_rolellm_goes_from_folder_to_table_and_goes_on_after_a_kill(work, vector
     assert r.code == 0, r.err
     data, rows = json.loads((work / "out/r.json").read_text()), rows_of(work / "out/r.answers.jsonl")
     assert [line["role"] for line in data["roles"]] == list(ROLES) and [line["n"] for line in data["roles"]] == [2, 2]
-    assert len(rows) == 12 and {row["condition"] for row in rows} == {"full", "be", "none"}
-    assert all(line["kl"] > 0 and 0 <= line["full"] <= 1 for line in data["roles"])
-    row, (model, tokenizer) = next(row for row in rows if row["condition"] == "be"), smol
-    ids = before(tokenizer, [-1], [{"role": "user", "content": "Old Captain, what is the reef?"}])
-    said = plain_greedy(model, ids, opened("mine/Old_Captain.pt")["vector"], 6)
-    assert row["answer"] == tokenizer.decode(said, skip_special_tokens=True).strip()
+    assert len(rows) == 16 and {row["condition"] for row in rows} == {"full", "be", "none", "default"}
+    assert all(line["full_kl"] == 0 < line["be_kl"] and 0 <= line["full"] <= 1 for line in data["roles"])
+    (model, tokenizer), chat = smol, [{"role": "user", "content": "Old Captain, what is the reef?"}]
+    bare = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    for condition, ids in ("be", before(tokenizer, [-1], chat)), ("default", bare):
+        row = next(row for row in rows if row["condition"] == condition)
+        said = plain_greedy(model, ids, opened("mine/Old_Captain.pt")["vector"], 6)
+        assert row["answer"] == tokenizer.decode(said, skip_special_tokens=True).strip()
     table, whole = (work / "out/r.md").read_text(), (work / "out/r.answers.jsonl").read_bytes()
     assert table in r.out and "| Old Captain | 2 |" in table
     (work / "out/r.answers.jsonl").write_bytes(b"".join(whole.splitlines(True)[:-3]))           # killed before the last
