@@ -1,22 +1,19 @@
 """Speed and memory: every figure is a pair that alternates in one run on one machine, ours against what it replaces.
 
-    1  teacher      packed answers, against the prompt's cache repeated over a batch, and against no sharing at all
-    2  step         a step of stage 2, against a bare forward and input-gradient pass over the same rows, padded
-    3  memory       of a step at batch 16 with answers of 128 tokens, against full logits, both in one pass
-    4  quality      from the command line to --target of the held-out gap, against the naive recipe
-    5  serving      time to first token, throughput, keys and values: [BE] against the full prompt
-    6  evaluation   GSM8K questions after 8 worked ones: packed, against the prompt's cache repeated
+    teacher      packed answers, against the prompt's cache repeated over a batch, and against no sharing at all
+    step         a step of stage 2, against a bare forward and input-gradient pass over the same rows, padded
+    memory       of a step at batch 16 with answers of 128 tokens, against full logits, both in one pass
+    serving      time to first token, throughput, keys and values: [BE] against the full prompt
+    gsm8k        questions after 8 worked ones: packed, against the prompt's cache repeated
 
     python results/bench.py                                      # all, hours on two cores -> out/bench.json
-    python results/bench.py --only 4 --prompt data/rolellm/Jack_Sparrow.txt --target 0.45
-    python results/bench.py --only 2 5 --model Qwen/Qwen3-4B-Instruct-2507 --out bench-gpu.json
+    python results/bench.py --only step serving --model Qwen/Qwen3-4B-Instruct-2507 --out bench-gpu.json
     python results/bench.py --quick --out /tmp/bench.json                   # does it run? its numbers mean nothing
 
 A row has the median, range and n of each way, and how many times better ours is, pair by pair. It replaces the row of
-the same item, model and prompt in --out.
+the same item, model and prompt in --out. How soon a training is good: results/quality.py, into the same file.
 """
-import argparse, concurrent.futures, copy, json, multiprocessing, os, platform, random, re, statistics, subprocess, sys
-import tempfile, time
+import argparse, concurrent.futures, copy, json, multiprocessing, os, platform, re, statistics, sys, time
 from pathlib import Path
 
 import torch
@@ -30,7 +27,7 @@ from stage2_kd import (
     HeadKL, answer, answer_hidden, chat_ids, embed, fail, load_frozen, read_prompt, read_queries)
 
 
-QUERIES = "prompts/pirate.queries.txt"                  # asked of every prompt but that of item 4
+QUERIES = "prompts/pirate.queries.txt"                  # asked of every prompt
 WORDING = ("Given the following problem, reason and give a final answer to the problem.\nProblem: {question}\nYour "
            'response should end with "The final answer is [answer]" where [answer] is the response to the problem.')
 
@@ -39,27 +36,19 @@ def settings():
     formats = argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=type("Help", formats, {}))
     add = p.add_argument
-    add("--only", type=int, nargs="+", default=[*ITEMS], choices=[*ITEMS], help="the items to measure")
+    add("--only", nargs="+", default=[*ITEMS], choices=[*ITEMS], help="the items to measure")
     add("--model", default="models/smollm2-135m", help="hub name or folder of a Llama or Qwen chat model")
     add("--prompts", nargs="+", default=["prompts/pirate.txt", "prompts/gsm8k_8shot.json", "prompts/styleguide.txt"],
-        help="about 340, 1,700 and 3,000 tokens; item 1 takes the first two, item 6 the second")
-    add("--prompt", default="prompts/pirate.txt", help="of item 4")
-    add("--queries", help="of item 4; None is NAME.queries.txt beside the prompt")
-    add("--target", type=float, default=0.5, help="of item 4: the share of the held-out gap to close")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of item 4: a pair for each")
-    add("--stage2", default="--init noise --lam 1 --eval-every 20", help="of item 4: what stage2_kd.py is told")
-    add("--naive-lr", type=float, nargs="+", default=[0.01, 0.03, 0.1], help="of item 4: 40 steps of each choose one")
-    add("--naive-minutes", type=float, default=20, help="of item 4: after so many the naive recipe gives up")
-    add("--repeats", type=int, default=3, help="pairs of the other items; item 2 takes four times as many")
+        help="about 340, 1,700 and 3,000 tokens; teacher takes the first two, gsm8k the second")
+    add("--repeats", type=int, default=3, help="pairs of each item; step takes four times as many")
     add("--out", default="out/bench.json", help="the figures")
     add("--device", default="auto", help="cuda, mps or cpu")
     add("--quick", action="store_true", help="one small measurement of each, to see that it runs")
-    p.set_defaults(count=64, limit=64, batch=16, length=128, problems="data/gsm8k/test.jsonl", new=16, tune=40)
+    p.set_defaults(count=64, limit=64, batch=16, length=128, problems="data/gsm8k/test.jsonl", new=16)
     args = p.parse_args()
     if args.quick:
-        vars(args).update(count=3, limit=4, batch=2, length=6, problems=QUERIES, new=2, tune=2, repeats=1, seeds=[0],
-                          prompts=args.prompts[:1], naive_lr=[0.1], naive_minutes=0,
-                          stage2="--init noise --lam 1 --steps 2 --answer-tokens 4")
+        vars(args).update(count=3, limit=4, batch=2, length=6, problems=QUERIES, new=2, repeats=1,
+                          prompts=args.prompts[:1])
     return args
 
 
@@ -208,7 +197,7 @@ def teacher(args, model, tokenizer):
             for row in answering(args, model, path, fed(tokenizer, path, chats)[0], args.limit, unshared=True)]
 
 
-def evaluation(args, model, tokenizer):
+def gsm8k(args, model, tokenizer):
     problems = [WORDING.format(question=chat[0]["content"]) for chat in read_queries(args.problems)[:args.count // 2]]
     path = args.prompts[:2][-1]
     rows, _ = fed(tokenizer, path, [[{"role": "user", "content": text}] for text in problems])
@@ -264,87 +253,6 @@ def memory(args, model, tokenizer):
                  prompt=args.prompts[0], batch=args.batch, answer_tokens=args.length)
 
 
-def held_out(args, model, tokenizer, folder, seed, n):
-    """On the teacher's answers that stage 2 has left in folder -> all rows with the prompt, all rows with [BE], and how
-    a vector is judged: the share of the gap that it closes on the first n queries, held out."""
-    chats, weight = read_queries(args.queries), model.get_output_embeddings().weight
-    random.Random(seed).shuffle(chats)
-    full, rows = fed(tokenizer, args.prompt, chats)
-    answers, target = torch.load(next(Path(folder).glob("teacher-*.pt")), weights_only=True).values()
-
-    @torch.no_grad()
-    def kl(some, vector):
-        student = answer_hidden(model, some[:n], answers[:n], vector)
-        return HeadKL.apply(student, torch.cat(target[:n]).to(student), weight, 1.0).sum().item()
-
-    none = kl([chat_ids(tokenizer, [{"role": "system", "content": []}] + chat) for chat in chats], noise(model))
-    return full, rows, lambda vector: 1 - kl(rows, vector) / none
-
-
-def ours(args, folder, seed):
-    """stage2_kd.py from its command line on, stopped at the target -> seconds, steps and gap closed at each save."""
-    out, seen, curve, began = Path(folder) / "be.pt", 0, [], time.time()
-    script = Path(__file__).resolve().parent.parent / "stage2_kd.py"
-    command = [sys.executable, script, "--prompt", args.prompt, "--queries", args.queries, "--out", out,
-               "--model", args.model, "--device", args.device, "--seed", str(seed), *args.stage2.split()]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as run:
-        while not curve or curve[-1][2] < args.target:
-            running = run.poll() is None                    # asked first: a save after it is not missed
-            if out.exists() and out.stat().st_mtime_ns != seen:
-                seen, seconds, saved = out.stat().st_mtime_ns, time.time() - began, torch.load(out, weights_only=True)
-                gap = 1 - saved["metrics"]["held-out KL"] / saved["metrics"]["no prompt"]
-                curve.append((seconds, saved["run"]["step"], gap))
-                print(f"  ours, seed {seed}: seconds, steps, gap closed: {curve[-1]}", flush=True)
-            elif not running:
-                break
-            time.sleep(0.01)
-        run.kill()
-    return curve, saved if curve else fail("stage2_kd.py did not come to its first save; see above")
-
-
-def naive(args, folder, seed, n, lr, steps, began):
-    """In a process of its own. At each step the teacher answers one question anew and reads all of the prompt for it;
-    full logits, a fixed rate, a vector of the model's own dtype. The clock stands while it is judged -> as ours."""
-    model, tokenizer = load_frozen(args.model, args.device)
-    now = time.time()
-    full, rows, gap = held_out(args, model, tokenizer, folder, seed, n)
-    began += time.time() - now
-    be, stop, curve = torch.nn.Parameter(noise(model, seed).to(model.dtype)), model.generation_config.eos_token_id, []
-    optimizer, rng = torch.optim.AdamW([be], lr=lr, weight_decay=0), random.Random(seed)
-    for done in range(1, steps + 1):
-        i = rng.randrange(n, len(rows))
-        ids, hidden, _ = zip(*greedy(model, [full[i]], be.detach(), 32, stop))
-        step(model, [rows[i]], [torch.cat(ids).tolist()], hidden, be, optimizer, full=True)
-        if done % min(20, args.tune) == 0:
-            now = time.time()
-            curve.append((now - began, done, max([gap(be.detach())] + [c[2] for c in curve])))      # the best, as ours
-            print(f"  naive, seed {seed}, lr {lr}: seconds, steps, gap closed: {curve[-1]}", flush=True)
-            if steps > args.tune and (curve[-1][2] >= args.target or now - began > 60 * args.naive_minutes):
-                break
-            began += time.time() - now
-    return curve
-
-
-def quality(args, model, tokenizer):
-    """The naive recipe's rate is the best of short runs on the first seed, which are not counted."""
-    rows, more = [], {"what": "seconds to quality", "prompt": args.prompt, "target": args.target}
-    args.queries = args.queries or re.sub(r"\.(txt|json|md)$", "", args.prompt) + ".queries.txt"
-    for seed in args.seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            mine, saved = ours(args, folder, seed)
-            n, vector = saved["metrics"]["n"], saved["vector"].to(model.device)
-            again = held_out(args, model, tokenizer, folder, seed, n)[2](vector)
-            if seed == args.seeds[0]:
-                tuned = {lr: in_child(naive, args, folder, seed, n, lr, args.tune, time.time()) for lr in args.naive_lr}
-                lr = max(tuned, key=lambda lr: tuned[lr][-1][2])
-            theirs = in_child(naive, args, folder, seed, n, lr, 10 ** 6, time.time())
-        rows.append({**more, "seed": seed, "held_out": n, "ours": mine, "ours judged here": again, "naive": theirs,
-                     "naive lr": lr, "reached": [curve[-1][2] >= args.target for curve in (mine, theirs)],
-                     "times faster than naive": theirs[-1][0] / mine[-1][0]})
-        print({k: v for k, v in rows[-1].items() if k not in ("ours", "naive")}, flush=True)
-    return rows + [{**more, "times faster than naive": spread([row["times faster than naive"] for row in rows])}]
-
-
 def serving(args, model, tokenizer):
     """Nothing is shared between the rows of a batch, as in a server without a prefix cache."""
     rows, be = [], noise(model)
@@ -366,11 +274,11 @@ def serving(args, model, tokenizer):
     return rows
 
 
-ITEMS = {1: teacher, 2: step_speed, 3: memory, 4: quality, 5: serving, 6: evaluation}
+ITEMS = {"teacher": teacher, "step": step_speed, "memory": memory, "serving": serving, "gsm8k": gsm8k}
 
 
-def main():
-    args = settings()
+def measure(args, items):
+    """items: {name: function -> rows}. Each one's rows go into --out as they come, beside what is there."""
     out, cpu = Path(args.out), Path("/proc/cpuinfo")
     try:
         results = json.loads(out.read_text()) if out.exists() else {}
@@ -382,17 +290,18 @@ def main():
     machine = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": str(model.device),
                "gpu": torch.cuda.is_available() and torch.cuda.get_device_name(), "dtype": str(model.dtype),
                "torch": torch.__version__, "transformers": transformers.__version__}
-    for item in sorted({*args.only}):
-        print(f"\nitem {item}: {ITEMS[item].__name__}", flush=True)
+    for name, item in items.items():
+        print(f"\n{name}", flush=True)
         about = {"model": args.model, "machine": machine, "load before": os.getloadavg()[0], "quick": args.quick}
-        new = [row | about for row in ITEMS[item](args, model, tokenizer)]
+        new = [row | about for row in item(args, model, tokenizer)]
         same = {(row["model"], row["prompt"]) for row in new}
-        old = [row for row in results.get(str(item), []) if (row["model"], row["prompt"]) not in same]
-        results[str(item)] = old + new
+        old = [row for row in results.get(name, []) if (row["model"], row["prompt"]) not in same]
+        results[name] = old + new
         Path(f"{out}.tmp").write_text(json.dumps(results, indent=1) + "\n")
         os.replace(f"{out}.tmp", out)                       # whole or not at all
     print(f"\nwrote {out}")
 
 
 if __name__ == "__main__":
-    main()
+    args = settings()
+    measure(args, {name: ITEMS[name] for name in args.only})

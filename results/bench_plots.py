@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).resolve().parent
 items = json.loads((HERE / "bench.json").read_text())
 
-# item 4, and the share that was aimed at
-runs = [row for row in items["4"] if "seed" in row]
+# time to quality, and the share that was aimed at
+runs = [row for row in items["quality"] if "seed" in row]
 prompts = sorted({row["prompt"] for row in runs})
 figure = Figure(figsize=(8, 3.2), layout="constrained")
 for axes, prompt in zip(figure.subplots(1, len(prompts), sharey=True, squeeze=False)[0], prompts):
@@ -24,8 +24,8 @@ axes.legend(fontsize=8, loc="lower right")
 figure.supylabel("held-out gap closed")
 figure.savefig(HERE / "bench-time-to-quality.png", dpi=150)
 
-# item 5
-rows = [row for row in items["5"] if row["what"] == "seconds to the first token"]
+# the first token
+rows = [row for row in items["serving"] if row["what"] == "seconds to the first token"]
 figure = Figure(figsize=(5, 3.2), layout="constrained")
 axes = figure.subplots()
 for name, color in ("full prompt", "tab:gray"), ("[BE]", "tab:blue"):

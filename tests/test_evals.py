@@ -245,7 +245,8 @@ def test_each_rule_is_exercised_no_query_stands_twice_and_a_difference_of_none_h
 
 
 def test_bench_measures_a_tiny_model_and_every_way_gives_the_same_answers(checkpoints, work):
-    run("results/bench", "--quick", "--only", 1, 2, "--model", checkpoints["smol"], "--out", "b.json", cwd=work)
+    asked = ["--quick", "--only", "teacher", "step", "--model", checkpoints["smol"], "--out", "b.json"]
+    run("results/bench", *asked, cwd=work)
     (answering, *_), (step, *_) = json.loads((work / "b.json").read_text()).values()
     assert answering["questions"] == 3 and {*answering["identical"].values()} == {1}
     assert step["stage 2"]["n"] == step["bare pass"]["n"] > 0
