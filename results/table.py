@@ -1,4 +1,4 @@
-"""Runs that eval_kl.py measured, as a Markdown table; of seeds of one run, the mean, too.
+"""Runs that eval_kl.py measured, as a Markdown table; of seeds, and of prompts, the mean, too.
 
     python results/table.py out/ablations                       # every NAME.kl.json in the folder
     python results/table.py out/be.kl.json out/roles            # files and folders
@@ -6,7 +6,8 @@
 Gap closed is 1 - KL([BE]) / KL(no prompt), with its 95% interval over the test queries. KL is in nats a token, from the
 full prompt's answers; top-1 is how often [BE] and the full prompt have the same likeliest token; n counts the queries.
 NAME.s0, NAME.s1 ... are seeds of one run. From three seeds on, their mean has an interval over seeds (Student's t):
-that says what another seed would give on the same queries, not what other queries would.
+that says what another seed would give on the same queries, not what other queries would. From three prompts on, the
+mean over them has an interval over prompts, each counted once, by the mean of its seeds.
 """
 import json, re, sys
 from pathlib import Path
@@ -53,16 +54,18 @@ def line(name, run):
     return [name, run["prompt_tokens"], run["k"], gap, *kl, f"{be['top1']:.1%}", run["n"]]
 
 
-def mean_line(name, runs):
-    """Of the seeds of one run, or of nothing if there is one seed."""
-    gaps, n = [run["controls"]["[BE]"]["gap_closed"] for run in runs], len(runs)
+def mean_line(name, groups):
+    """Of seeds, groups of one run each, or of prompts, groups of seeds. Each group counts once."""
+    gaps, n = [mean(run["controls"]["[BE]"]["gap_closed"] for run in runs) for runs in groups], len(groups)
     gap = f"{mean(gaps):.3f} "
     if n > 2:
         half = STUDENT[min(n - 1, 9)] * stdev(gaps) / n ** 0.5
         gap += interval(mean(gaps) - half, mean(gaps) + half)
+    runs = sum(groups, [])
     kl = [f"{mean(run['controls'][key]['kl'] for run in runs):.3f}" for key in ("[BE]", *BESIDE)]
     top1 = mean(run["controls"]["[BE]"]["top1"] for run in runs)
-    return [f"**{name}**, {n} seeds", runs[0]["prompt_tokens"], runs[0]["k"], gap, *kl, f"{top1:.1%}", runs[0]["n"]]
+    tokens, n = (round(mean(run[key] for run in runs)) for key in ("prompt_tokens", "n"))
+    return [name, tokens, runs[0]["k"], gap, *kl, f"{top1:.1%}", n]
 
 
 if __name__ == "__main__":
@@ -70,11 +73,16 @@ if __name__ == "__main__":
         sys.exit(print(__doc__))
     found = read_runs(sys.argv[1:])
     rows = ["run", "prompt tokens", "k", "gap closed (95%)", "KL [BE]", *BESIDE, "top-1", "n"],
-    seeds = {}
+    seeds, prompts = {}, {}
     for name, run in found.items():
         seeds.setdefault(re.sub(r"\.s\d+$", "", name), {})[name] = run
     for name, runs in seeds.items():
         rows += *(line(*item) for item in runs.items()),
-        rows += (mean_line(name, [*runs.values()]),) if len(runs) > 1 else ()
+        runs = [*runs.values()]
+        rows += (mean_line(f"**{name}**, {len(runs)} seeds", [[run] for run in runs]),) if len(runs) > 1 else ()
+        prompts.setdefault(runs[0]["k"], []).append(runs)
+    for groups in prompts.values():
+        if len(groups) > 2 and len({str(runs[0]["queries"]) for runs in groups}) == len(groups):
+            rows += mean_line(f"**mean of {len(groups)} prompts**", groups),
     for i, row in enumerate(rows):
         print("| " + " | ".join(map(str, row)) + " |" + ("\n|" + "---|" * len(row) if i == 0 else ""))
