@@ -2,8 +2,9 @@ PYTHON ?= python3
 BIN    := .venv/bin
 MODEL  := models/smollm2-135m/config.json
 DEMO   := out/demo
-PORT   ?= 8000
+# another venv that has vLLM is used as it is: make serve NANOBE_VLLM_VENV=~/vllm
 VLLM   := $(or $(NANOBE_VLLM_VENV),.venv-vllm)
+INTO   := $(if $(NANOBE_VLLM_VENV),,.venv-vllm/installed)
 
 .PHONY: demo serve test test-slow test-serving clean
 
@@ -25,12 +26,12 @@ $(DEMO)/be.kl.json: $(DEMO)/be.done
 	$(BIN)/python eval_kl.py --be $(DEMO)/be.pt
 
 # the demo's [BE] on a real server, beside the base model, until ctrl-C; vLLM's own venv takes 3 GB and some minutes
-serve: $(DEMO)/be.done | $(VLLM)/installed
+serve: $(DEMO)/be.done | $(INTO)
 	$(BIN)/python export.py $(DEMO)/be.pt --adapter $(DEMO)/served/pirate --overwrite
 	HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 \
 	    $(VLLM)/bin/python -m vllm.entrypoints.openai.api_server --model models/smollm2-135m \
 	    --enable-lora --lora-target-modules embed_tokens --max-lora-rank 1 --lora-modules pirate=$(DEMO)/served/pirate \
-	    --host 127.0.0.1 --port $(PORT) --max-model-len 2048 --enforce-eager --block-size 32
+	    --host 127.0.0.1 --max-model-len 2048 --enforce-eager --block-size 32
 
 test: .venv/installed
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m "not slow and not serving" tests
@@ -38,7 +39,7 @@ test: .venv/installed
 test-slow: .venv/installed $(MODEL)
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m slow tests
 
-test-serving: $(VLLM)/installed .venv/installed $(MODEL)
+test-serving: $(INTO) .venv/installed $(MODEL)
 	$(BIN)/python -m pip install --disable-pip-version-check -q "transformers[serving]" -c constraints.txt
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m serving tests/serving
 
@@ -48,14 +49,14 @@ test-serving: $(VLLM)/installed .venv/installed $(MODEL)
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt -c constraints.txt
 	touch $@
 
-$(VLLM)/installed: requirements-serving.txt
-	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --disable-pip-version-check -q -r requirements-serving.txt
-	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+.venv-vllm/installed: requirements-serving.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check -q -r requirements-serving.txt
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
 $(MODEL): | .venv/installed
 	$(BIN)/python models/prepare.py
 
 clean:
-	rm -rf out .pytest_cache tests/__pycache__ __pycache__
+	rm -rf $(DEMO) .pytest_cache tests/__pycache__ __pycache__

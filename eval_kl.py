@@ -70,8 +70,8 @@ def load_frozen(name, device="auto"):
                              f"{ends}; messages left as they are by template and tokenizer, found {whole}")
     except Exception as e:                                  # broken folders raise many types; each means the same
         fail(f"--model {name} on {device}: no Llama or Qwen chat model: {e}; for the default: python models/prepare.py")
-    flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
-    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask
+    flash = device == "cuda" and torch.cuda.is_bf16_supported(False) and transformers.utils.is_flash_attn_2_available()
+    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask, and no older card
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
     factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's is in longest
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
@@ -105,9 +105,9 @@ def chat_ids(tokenizer, messages, generate=True):
     slot [-1]: the template is rendered with a mark in the place of each, and cut at the marks."""
     turns = [m | {"content": "\ue000"} for m in messages]                            # a character that no template has
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, **TEMPLATE)
-    words = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("\ue000")]
-    ids = words[0]
-    for m, after in zip(messages, words[1:]):
+    between = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("\ue000")]
+    ids = between[0]
+    for m, after in zip(messages, between[1:]):
         ids = ids + (text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]) + after
     if len(ids) > tokenizer.model_max_length:
         fail(f"expected at most {tokenizer.model_max_length} tokens, with room to answer, found {len(ids)}; shorten it")
@@ -139,7 +139,7 @@ def pack(rows, n):
 
 def read(model, learned, ids, positions, owners, cache=None):
     """The last t ids of a pack with owners (T,); those before are in the cache, which these join. Each sees the shared
-    beginning and its own row, up to itself -> their last hidden states (t, d)."""
+    beginning and its own row, up to itself -> their last hidden states (t, d). By place: the names change."""
     see = ((owners == -1) | (owners == owners[-len(ids):, None])).tril(len(owners) - len(ids))          # (t, T)
     mask = torch.where(see, 0.0, torch.finfo(model.dtype).min).to(model.device, model.dtype)[None, None]
     embeds, positions = embed(model, ids[None].to(model.device), learned), positions[None].to(model.device)
@@ -228,7 +228,7 @@ def main():
     print(f"{args.queries}: {len(chats)} test queries; {len(asked) - len(chats)} left out, listed in it as trained on")
     if len(chats) < 2 or args.answer_tokens < 1:
         fail(f"--queries {args.queries}: expected 2 not in its training, found {len(chats)}; --answer-tokens above 0")
-    ours = not Path(args.out).exists() or b'"controls"' in Path(args.out).read_bytes()
+    ours = not Path(args.out).is_file() or b'"controls"' in Path(args.out).read_bytes()
     if not ours or not args.out.endswith(".json") or not os.access(f"{Path(args.out).parent}/", os.W_OK):
         fail(f"--out {args.out}: expected a new .json, or an earlier table, in a folder to write to; give another")
     model, tokenizer = load_frozen(args.model, args.device)

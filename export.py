@@ -6,7 +6,7 @@
     --prompt-embeds   the system message that brings [BE] itself to the untouched model, in vLLM
 
     python export.py out/be.pt --adapter served/pirate          # 199 KB; prints how to serve it and how to ask
-    python export.py a.pt b.pt --adapter served                 # several vectors of one model: served/a, served/b
+    python export.py a.pt b.pt --adapter served/more            # several vectors of one model: .../more/a, .../more/b
     python export.py out/be.pt --out served/pirate-model        # 330 MB. Several become several tokens of one model
     python export.py out/be.pt --prompt-embeds be.json
 """
@@ -71,8 +71,8 @@ def load_frozen(name, device="auto"):
                              f"{ends}; messages left as they are by template and tokenizer, found {whole}")
     except Exception as e:                                  # broken folders raise many types; each means the same
         fail(f"--model {name} on {device}: no Llama or Qwen chat model: {e}; for the default: python models/prepare.py")
-    flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
-    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask
+    flash = device == "cuda" and torch.cuda.is_bf16_supported(False) and transformers.utils.is_flash_attn_2_available()
+    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask, and no older card
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
     factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's is in longest
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
@@ -97,9 +97,9 @@ def chat_ids(tokenizer, messages, generate=True):
     slot [-1]: the template is rendered with a mark in the place of each, and cut at the marks."""
     turns = [m | {"content": "\ue000"} for m in messages]                            # a character that no template has
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, **TEMPLATE)
-    words = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("\ue000")]
-    ids = words[0]
-    for m, after in zip(messages, words[1:]):
+    between = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("\ue000")]
+    ids = between[0]
+    for m, after in zip(messages, between[1:]):
         ids = ids + (text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]) + after
     if len(ids) > tokenizer.model_max_length:
         fail(f"expected at most {tokenizer.model_max_length} tokens, with room to answer, found {len(ids)}; shorten it")
@@ -195,7 +195,7 @@ def main():
         fail(f"expected files of different names, and for --prompt-embeds one; found {args.be}")
     ours = (out / "nanobe.json").exists() or out.is_file() and b"prompt_embeds" in out.read_bytes()
     if not (ours and args.overwrite) and (out.is_file() or out.is_dir() and any(out.iterdir())):
-        fail(f"{out}: already there; give another name, or --overwrite if it is an earlier export")
+        fail(f"{out}: already there; give another name{'' if args.overwrite else ', or --overwrite an earlier export'}")
     source = args.model or artifacts[0]["model"]["name"]
     engine = str(beside(source)) if beside(source).is_dir() else source
     files, abouts, modules = {}, [], []                     # {name: content; "" is out itself}; of each artifact
@@ -203,6 +203,10 @@ def main():
     asked = {"role": "user", "content": "How do I cook rice?"}
     vllm = "python -m vllm.entrypoints.openai.api_server --model"
     curl = "curl -H 'Content-Type: application/json' http://127.0.0.1:8000/v1"
+
+    model, tokenizer = load_frozen(source, "cpu")
+    for path in args.be:
+        load(path, "be", "python stage2_kd.py --prompt p.txt", model)                   # made for these weights?
 
     if args.prompt_embeds:
         file = io.BytesIO()
@@ -212,10 +216,8 @@ def main():
         lines = [f"{vllm} {shlex.quote(engine)} --enable-prompt-embeds"]
         system = f"$(cat {shlex.quote(str(out))})"
     else:
-        model, tokenizer = load_frozen(source, "cpu")
         free = unused_tokens(tokenizer, model.generation_config.eos_token_id)
         for path, name, be in zip(args.be, names, artifacts):
-            load(path, "be", "python stage2_kd.py --prompt p.txt", model)
             k, prompt = len(be["vector"]), "\n".join(m["content"] for m in be["messages"])
             tokens, place = args.token or free[:k], Path(name if len(names) > 1 else "")
             if args.out:
@@ -253,6 +255,9 @@ def main():
             files |= checkpoint_files([be["vector"] for be in artifacts], abouts, model, tokenizer, args.dtype)
             served, here = str(out), shlex.quote(str(out))
             lines = [f"{vllm} {here}", f"or: transformers serve {here}"]
+    strange = {path.name for path in out.glob("*")} - {name.split("/")[0] for name in files}
+    if strange:
+        fail(f"{out}: holds what this export does not replace, {sorted(strange)[:3]}; give another name")
     write(out, files)
     body = {"model": served, "messages": ["SYSTEM", asked], "temperature": 0, "max_tokens": 60,
             "chat_template_kwargs": TEMPLATE}               # the chat template as it was in training

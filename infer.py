@@ -70,8 +70,8 @@ def load_frozen(name, device="auto"):
                              f"{ends}; messages left as they are by template and tokenizer, found {whole}")
     except Exception as e:                                  # broken folders raise many types; each means the same
         fail(f"--model {name} on {device}: no Llama or Qwen chat model: {e}; for the default: python models/prepare.py")
-    flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
-    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask
+    flash = device == "cuda" and torch.cuda.is_bf16_supported(False) and transformers.utils.is_flash_attn_2_available()
+    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask, and no older card
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
     factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's is in longest
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
@@ -105,9 +105,9 @@ def chat_ids(tokenizer, messages, generate=True):
     slot [-1]: the template is rendered with a mark in the place of each, and cut at the marks."""
     turns = [m | {"content": "\ue000"} for m in messages]                            # a character that no template has
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, **TEMPLATE)
-    words = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("\ue000")]
-    ids = words[0]
-    for m, after in zip(messages, words[1:]):
+    between = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("\ue000")]
+    ids = between[0]
+    for m, after in zip(messages, between[1:]):
         ids = ids + (text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]) + after
     if len(ids) > tokenizer.model_max_length:
         fail(f"expected at most {tokenizer.model_max_length} tokens, with room to answer, found {len(ids)}; shorten it")
@@ -161,10 +161,15 @@ def main():
 
         # what is fed: all that was said in the chat, anew at each turn
         turns = chat + [{"role": "user", "content": query}]
-        rows = {"[BE]": chat_ids(tokenizer, [{"role": "system", "content": slot}] + turns)}
+        systems = {"[BE]": [{"role": "system", "content": slot}]}
         if args.compare:
-            rows = {"full prompt": chat_ids(tokenizer, artifact["messages"] + turns), **rows,
-                    "no prompt": chat_ids(tokenizer, [{"role": "system", "content": []}] + turns)}
+            systems = {"full prompt": artifact["messages"], **systems, "no prompt": [{"role": "system", "content": []}]}
+        try:
+            rows = {name: chat_ids(tokenizer, system + turns) for name, system in systems.items()}
+        except SystemExit:                                  # too long, and that was said; a chat goes on without it
+            if args.query:
+                raise
+            continue
         if not chat:
             ids, at = rows["[BE]"], rows["[BE]"].index(-1)
             shown = tokenizer.decode(ids[:at]) + "[BE]" * len(be) + tokenizer.decode(ids[at + len(be):])

@@ -111,9 +111,9 @@ def main():
     Path(f"{out}.tmp").write_text("\n".join(queries) + "\n", encoding="utf-8")
     os.replace(f"{out}.tmp", out)
     print("\n".join(queries[::len(queries) // 8 + 1]))
-    print(f"wrote {out}: {len(queries)} of {args.count} queries; read it and mend it, it is what stage 2 learns from")
-    more = f" --queries {args.out}" if args.out else ""
-    print(f"next: python stage2_kd.py --prompt {args.prompt} --model {args.model}{more}")
+    print(f"wrote {out}: {len(queries)} of {args.count} queries; read it and mend it")
+    print(f"next, to learn from it: python stage2_kd.py --prompt {args.prompt} --model {args.model} --queries {out}")
+    print(f"or, to test with it: python eval_kl.py --queries {out}")
 
 
 if __name__ == "__main__":

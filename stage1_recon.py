@@ -75,8 +75,8 @@ def load_frozen(name, device="auto"):
                              f"{ends}; messages left as they are by template and tokenizer, found {whole}")
     except Exception as e:                                  # broken folders raise many types; each means the same
         fail(f"--model {name} on {device}: no Llama or Qwen chat model: {e}; for the default: python models/prepare.py")
-    flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
-    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask
+    flash = device == "cuda" and torch.cuda.is_bf16_supported(False) and transformers.utils.is_flash_attn_2_available()
+    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask, and no older card
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
     factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's is in longest
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
@@ -110,9 +110,9 @@ def chat_ids(tokenizer, messages, generate=True):
     slot [-1]: the template is rendered with a mark in the place of each, and cut at the marks."""
     turns = [m | {"content": "\ue000"} for m in messages]                            # a character that no template has
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, **TEMPLATE)
-    words = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("\ue000")]
-    ids = words[0]
-    for m, after in zip(messages, words[1:]):
+    between = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("\ue000")]
+    ids = between[0]
+    for m, after in zip(messages, between[1:]):
         ids = ids + (text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]) + after
     if len(ids) > tokenizer.model_max_length:
         fail(f"expected at most {tokenizer.model_max_length} tokens, with room to answer, found {len(ids)}; shorten it")
@@ -158,8 +158,8 @@ def load(path, kind, maker, model=None):
 def save(path, **artifact):
     """Written beside its place and renamed: a kill or a full disk leaves the old one whole. No artifact: just a try."""
     try:
-        if Path(path).exists() and b"fingerprint" not in Path(path).read_bytes():       # torch.save compresses nothing
-            raise OSError("something else is there")
+        if Path(path).exists() and b"fingerprint" not in Path(path).read_bytes():
+            raise OSError("something else is there, no artifact")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         torch.save(artifact, f"{path}.tmp")
         os.replace(f"{path}.tmp", path) if artifact else os.remove(f"{path}.tmp")
@@ -173,7 +173,7 @@ def main():
     messages = read_prompt(args.prompt)
     if min(args.k, args.steps) < 1:
         fail(f"expected --k and --steps above 0, found {args.k} and {args.steps}")
-    save(args.out)
+    save(args.out)                                          # can it be written? Nothing changes
     model, tokenizer = load_frozen(args.model, args.device)
     model.set_attn_implementation(model.long_rows)
     body, weight = model.get_decoder(), model.get_output_embeddings().weight                        # weight (V, d)
@@ -186,8 +186,8 @@ def main():
     # what stands before a system message in a chat, then [BE] [AE] P: attention looks back only, so with the same words
     # before it [BE] has the very keys and values here that it will have there. s_m is predicted and never read
     s, slot = prompt_ids(tokenizer, messages), [-1 - i for i in range(args.k)]
-    words = chat_ids(tokenizer, [{"role": "system", "content": slot + s}, {"role": "user", "content": "?"}])
-    ids = words[:words.index(-1)] + slot + [-1 - args.k] * len(ae) + s[:-1]
+    row = chat_ids(tokenizer, [{"role": "system", "content": slot + s}, {"role": "user", "content": "?"}])   # too long?
+    ids = row[:row.index(-1)] + slot + [-1 - args.k] * len(ae) + s[:-1]
     ids, target = (torch.tensor(x, device=model.device) for x in ([ids], s))                        # (1, T), (m,)
     print(f"{args.prompt}: {len(s)} tokens -> {args.k} x {len(mean)} numbers")
 

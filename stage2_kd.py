@@ -33,7 +33,7 @@ def settings():
     add("--init", default="out/recon.pt", help="stage 1's artifact; or noise, of --k vectors")
     add("--out", default="out/be.pt", help="the artifact")
     add("--resume", action="store_true", help="go on from --out, where there is one")
-    add("--k", type=int, default=1, help="vectors to learn; only with --init noise")
+    add("--k", type=int, default=1, help="vectors to learn, with --init noise; else stage 1 has decided")
     add("--lam", type=float, default=0.9, help="lambda, the weight of L_KD; at 1 there is no L_recon")
     add("--tau", type=float, default=2.0, help="temperature of L_KD")
     add("--recon-every", type=int, default=4, help="L_recon once in so many steps, and so many times as heavy")
@@ -86,8 +86,8 @@ def load_frozen(name, device="auto"):
                              f"{ends}; messages left as they are by template and tokenizer, found {whole}")
     except Exception as e:                                  # broken folders raise many types; each means the same
         fail(f"--model {name} on {device}: no Llama or Qwen chat model: {e}; for the default: python models/prepare.py")
-    flash = device == "cuda" and transformers.utils.is_flash_attn_2_available()
-    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask
+    flash = device == "cuda" and torch.cuda.is_bf16_supported(False) and transformers.utils.is_flash_attn_2_available()
+    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask, and no older card
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
     factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's is in longest
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
@@ -121,9 +121,9 @@ def chat_ids(tokenizer, messages, generate=True):
     slot [-1]: the template is rendered with a mark in the place of each, and cut at the marks."""
     turns = [m | {"content": "\ue000"} for m in messages]                            # a character that no template has
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, **TEMPLATE)
-    words = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("\ue000")]
-    ids = words[0]
-    for m, after in zip(messages, words[1:]):
+    between = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("\ue000")]
+    ids = between[0]
+    for m, after in zip(messages, between[1:]):
         ids = ids + (text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]) + after
     if len(ids) > tokenizer.model_max_length:
         fail(f"expected at most {tokenizer.model_max_length} tokens, with room to answer, found {len(ids)}; shorten it")
@@ -169,8 +169,8 @@ def load(path, kind, maker, model=None):
 def save(path, **artifact):
     """Written beside its place and renamed: a kill or a full disk leaves the old one whole. No artifact: just a try."""
     try:
-        if Path(path).exists() and b"fingerprint" not in Path(path).read_bytes():       # torch.save compresses nothing
-            raise OSError("something else is there")
+        if Path(path).exists() and b"fingerprint" not in Path(path).read_bytes():
+            raise OSError("something else is there, no artifact")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         torch.save(artifact, f"{path}.tmp")
         os.replace(f"{path}.tmp", path) if artifact else os.remove(f"{path}.tmp")
@@ -190,7 +190,7 @@ def pack(rows, n):
 
 def read(model, learned, ids, positions, owners, cache=None):
     """The last t ids of a pack with owners (T,); those before are in the cache, which these join. Each sees the shared
-    beginning and its own row, up to itself -> their last hidden states (t, d)."""
+    beginning and its own row, up to itself -> their last hidden states (t, d). By place: the names change."""
     see = ((owners == -1) | (owners == owners[-len(ids):, None])).tril(len(owners) - len(ids))          # (t, T)
     mask = torch.where(see, 0.0, torch.finfo(model.dtype).min).to(model.device, model.dtype)[None, None]
     embeds, positions = embed(model, ids[None].to(model.device), learned), positions[None].to(model.device)
@@ -289,7 +289,7 @@ def main():
     args = settings()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun sets them
     if world > 1:
-        if torch.cuda.is_available():
+        if args.device != "cpu" and torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group(timeout=datetime.timedelta(hours=12))          # the teacher may take long
     if rank:
@@ -306,7 +306,7 @@ def main():
     if Path(args.init) == Path(args.out) or args.init == "noise" and args.lam < 1:
         fail(f"--init {args.init}: expected another file than --out; with noise, which has no [AE], --lam 1")
     if rank == 0:
-        save(args.out)
+        save(args.out)                                      # can it be written? Nothing changes
     model, tokenizer = load_frozen(args.model, args.device)
     body, weight = model.get_decoder(), model.get_output_embeddings().weight                            # weight (V, d)
     table = model.get_input_embeddings().weight             # [BE] lives among these rows
@@ -383,7 +383,7 @@ def main():
             ((1 - args.lam) * args.recon_every * recon).backward()
             model.set_attn_implementation("sdpa")
             history.append({"step": step, "L_recon": recon.item()})
-        for part in (be.grad, kd.detach()) if world > 1 else ():    # all of the batch is in each process's step
+        for part in (be.grad, kd.detach()) if world > 1 else ():    # in place: both are the whole batch's
             torch.distributed.all_reduce(part)
         optimizer.step()
 

@@ -72,4 +72,6 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.tmp-") as tmp:     # renamed when it is whole
         kind = convert(Path(args.gguf).resolve() if args.gguf else fetch_default(tmp), Path(tmp, "model"))
         os.replace(Path(tmp, "model"), out)
-    print(f"{out}: {kind}, ready; next: python stage1_recon.py --prompt prompts/pirate.txt")
+    print(f"{out}: {kind}, ready; next:")
+    ae = f"python data/ae_corpus/prepare.py --offline && python stage0_ae.py --model {out}"
+    print(ae if args.gguf else "python stage1_recon.py --prompt prompts/pirate.txt")

@@ -5,8 +5,9 @@
     python eval_rolellm.py                                  # first: the answers -> out/rolellm.answers.jsonl
     NANOBE_JUDGE_KEY=... python results/judge.py --judge-url https://api.openai.com/v1 --judge-model gpt-4o
 
-Verdicts are kept beside the answers, each under a hash of what was asked: a killed run goes on. The committed ones need
-no judge: --answers results/rolellm-judged --judge-model models/qwen2.5-coder-1.5b --num-questions 25
+Where RoleBench came by data/rolellm/prepare.py --from FOLDER, give both scripts --data FOLDER. Verdicts are kept beside
+the answers, each under a hash of what was asked: a killed run goes on. The committed ones need no judge:
+    --answers results/rolellm-judged --judge-model models/qwen2.5-coder-1.5b --num-questions 25
 """
 import argparse, hashlib, json, os, re, sys
 from pathlib import Path
@@ -30,7 +31,6 @@ def settings():
     add = p.add_argument
     add("--answers", default="out/rolellm", help="what eval_rolellm.py wrote, without .answers.jsonl")
     add("--data", default="data/rolellm/rolebench", help="a folder in RoleBench's own layout, for the descriptions")
-    add("--artifacts", default="artifacts/roles", help="where eval_rolellm.py found the vectors")
     add("--num-questions", type=int, help="the first so many questions of each role; None is all")
     add("--judge-url", help="an OpenAI-compatible server, such as http://localhost:8000/v1")
     add("--judge-model", default="gpt-4o", help="the name that the judge's server knows it by")
@@ -89,8 +89,11 @@ def main():
         rows = [json.loads(line) for line in Path(f"{args.answers}.answers.jsonl").open(encoding="utf-8")]
     except (OSError, ValueError) as e:
         fail(f"--answers {args.answers}: expected NAME of eval_rolellm.py's NAME.answers.jsonl: {e}")
-    said = {(row["role"], row["question"], row["condition"]): row["answer"] for row in rows}        # the newest of each
-    args.roles = [*dict.fromkeys(row["role"] for row in rows)]
+    said = {(row["role"], row["question"], row["condition"]): row["answer"] for row in rows}
+    if not rows or len(said) < len(rows):
+        fail(f"--answers {args.answers}: expected an answer for each question and condition, found {len(rows)} for "
+             f"{len(said)}; give eval_rolellm.py an --out of its own for each vector and model")
+    args.roles, args.artifacts = [*dict.fromkeys(row["role"] for row in rows)], ""
     print("| role | " + " | ".join(COUNTS) + " | win rate |\n" + "|---" * (len(COUNTS) + 2) + "|")
     for role, (_, description, questions) in read_roles(args).items():
         triples = [(q, said[role, q, "be"], said[role, q, "full"]) for q in questions if (role, q, "be") in said]

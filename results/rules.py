@@ -24,6 +24,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from stage2_kd import answer, beside, chat_ids, fail, load, load_frozen, prompt_ids, read_prompt
 
+PROMPT = "prompts/desk.txt"                             # whose rules and facts stand below
+
 COMPETITORS = "StoreKing|BoxCastle|Lock and Go"
 CATEGORIES = {"PRICE", "ACCESS", "BOOKING", "URGENT", "OTHER"}
 FACTS = {"gate": {"06:00", "22:00"}, "desk": {"08:30", "17:30"}, "address": "14 Quay Lane", "small": "39",
@@ -130,9 +132,7 @@ def settings():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--be", nargs="*", default=[], help="artifacts of this prompt and model, each a condition")
-    add("--prompt", default="prompts/desk.txt", help="the prompt that the rules are of")
-    add("--queries", default="prompts/desk.test.txt", help="rows with a query, and what it is about")
-    add("--held-out", action="store_true", help="ask what stage 2 held out for the first artifact instead")
+    add("--held-out", action="store_true", help="ask what stage 2 held out instead, for artifacts of one --seed")
     add("--n", type=int, help="the first n questions; None is all")
     add("--only", nargs="*", help="these conditions only, the full prompt among them; None is all")
     add("--compressed", help="a text file, the prompt compressed by other means")
@@ -145,19 +145,21 @@ def settings():
 
 def main():
     args = settings()
-    out, messages, artifacts = Path(args.out), read_prompt(args.prompt), {f: load(f, "be", "stage 2") for f in args.be}
-    rows = [json.loads(line) for line in beside(args.queries).read_text(encoding="utf-8").splitlines()]
+    out, messages, artifacts = Path(args.out), read_prompt(PROMPT), {f: load(f, "be", "stage 2") for f in args.be}
+    queries = "prompts/desk.queries.txt" if args.held_out else "prompts/desk.test.txt"
+    rows = [json.loads(line) for line in beside(queries).read_text(encoding="utf-8").splitlines()]
     if args.held_out:
-        first = next(iter(artifacts.values()))
-        asked = {chat[-1]["content"] for chat in first["trained_on"][:first["metrics"]["n"]]}
-        path = re.sub(r"\.txt$", ".queries.txt", args.prompt)
-        rows = [json.loads(line) for line in beside(path).read_text(encoding="utf-8").splitlines()]
-        rows = [row for row in rows if row["query"] in asked]
+        held = [be.get("trained_on", [])[:be["metrics"].get("n", 0)] for be in artifacts.values()]
+        asked = {frozenset(chat[-1]["content"] for chat in chats) for chats in held}
+        if len(asked) != 1 or not min(asked):
+            fail("--held-out: expected --be with artifacts of stage 2 that hold out the same queries: of one --seed")
+        rows = [row for row in rows if row["query"] in min(asked)]
     rows = rows[:args.n]
+    out.parent.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_frozen(args.model)
     for path in artifacts:
         if load(path, "be", "stage 2", model)["messages"] != messages:
-            fail(f"{path}: expected a vector of {args.prompt}, found one of another prompt; train it anew")
+            fail(f"{path}: expected a vector of {PROMPT}, found one of another prompt; train it anew")
 
     # what is fed in each condition, without [BE] itself; a key says all that decides an answer but for rounding
     turns = [[{"role": "user", "content": row["query"]}] for row in rows]
@@ -171,6 +173,8 @@ def main():
     if args.compressed:
         compressed = read_prompt(args.compressed)
         fed["compressed prompt"] = [chat_ids(tokenizer, compressed + t) for t in turns]
+    if not {"full prompt"} <= {*(args.only or fed)} <= {*fed}:
+        fail(f"--only: expected the full prompt, and others of {[*fed]}; found {args.only}")
     fed = {name: ids for name, ids in fed.items() if not args.only or name in args.only}
     unused = torch.zeros(1, model.config.hidden_size)
     vectors = {name: artifacts[name]["vector"] if name in artifacts else unused for name in fed}
@@ -199,7 +203,7 @@ def main():
 
     # name of the condition -> a dict of verdicts a question; the two kinds are two tables
     said = {name: [verdicts(done[key]["answer"], row) for key, row in zip(keys[name], rows)] for name in fed}
-    kinds, text = {}, [f"{len(rows)} questions of {'stage 2, held out' if args.held_out else args.queries}, greedy, at "
+    kinds, text = {}, [f"{len(rows)} questions of {'stage 2, held out' if args.held_out else queries}, greedy, at "
                        f"most {args.limit} tokens. Rate and 95% interval; below it the paired difference from the "
                        f"full prompt and its interval, in points."]
     for at, kind in enumerate(("style", "facts")):

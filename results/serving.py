@@ -68,6 +68,7 @@ def main():
     p.add_argument("--be", default=ROOT / "out/demo/be.pt", help="an artifact of stage 2")
     p.add_argument("--out", default=ROOT / "results/serving.json")
     args = p.parse_args()
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     python = Path(os.environ.get("NANOBE_VLLM_VENV") or ROOT / ".venv-vllm").absolute() / "bin/python"
     be = torch.load(args.be, weights_only=True)
     queries = (ROOT / "prompts/pirate.test.txt").read_text(encoding="utf-8").splitlines()[:24]

@@ -2,7 +2,7 @@
 
     python data/ae_corpus/prepare.py              # the paper's mix (WikiHow, PwC, GSM8K), 1 GB; pip install datasets
     python data/ae_corpus/prepare.py --offline    # what lies on this machine: READMEs and docstrings of packages
-    python data/ae_corpus/prepare.py --offline --extra data/gsm8k data/rolellm      # and rows of .jsonl files
+    python data/ae_corpus/prepare.py --offline --extra data/gsm8k                   # and rows of .jsonl files
 """
 import argparse, ast, importlib.metadata, importlib.util, json, os, random, re, sysconfig
 from pathlib import Path
@@ -44,7 +44,7 @@ def docstrings():
 def rows(folder):
     """The string fields of every row of every .jsonl file in folder, but for test*.jsonl, which are for testing."""
     for path in sorted(p for p in Path(folder).rglob("*.jsonl") if not p.name.startswith("test")):
-        for line in path.open(encoding="utf-8"):
+        for line in filter(str.strip, path.open(encoding="utf-8")):
             yield "\n".join(v for v in json.loads(line).values() if isinstance(v, str))
 
 
@@ -56,6 +56,7 @@ if __name__ == "__main__":
     for folder in args.extra:
         if not any(rows(folder)):
             p.exit(2, f"prepare.py: --extra {folder}: expected .jsonl files with text in their rows, found none\n")
+    for folder in args.extra:
         write(Path(folder).resolve().name, rows(folder))
     if args.offline:
         write("readmes", readmes())

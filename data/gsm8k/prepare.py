@@ -2,6 +2,7 @@
 
     python data/gsm8k/prepare.py                    # openai/gsm8k from the Hugging Face hub; pip install datasets
     python data/gsm8k/prepare.py --from FOLDER      # a folder with train.jsonl and test.jsonl: checked, then copied
+    python stage1_recon.py --prompt prompts/gsm8k_8shot.json        # a model that does sums: results/gsm8k.sh MODEL
     python stage2_kd.py --prompt prompts/gsm8k_8shot.json --queries data/gsm8k/queries.jsonl
 
 queries.jsonl holds the first --queries training questions, in the words in which eval_gsm8k.py asks the test questions.
