@@ -346,8 +346,7 @@ def main():
         save(teacher_file, answers=answers, hidden=hidden)
     if world > 1:
         torch.distributed.barrier()
-    teacher = torch.load(teacher_file, mmap=True, weights_only=True)
-    answers, taught = teacher["answers"], teacher["hidden"]                                     # taught: (T, d) each
+    answers, taught = torch.load(teacher_file, mmap=True, weights_only=True).values()           # taught: (T, d) each
 
     @torch.no_grad()
     def held_out_kl(fed, vector):                                               # at tau 1, in nats a token
@@ -400,10 +399,11 @@ def main():
                  config=vars(args), history=history, trained_on=chats, run=run)
         bar.set_postfix(L_KD=f"{kd.item():.3f}", held_out_gap_closed=f"{1 - best['kl'] / no_prompt:.3f}")
     print(f"{1 - best['kl'] / no_prompt:.3f} of the held-out gap closed, n = {len(held)}, which chose the vector")
-    print(f"wrote {args.out}\nnext: python eval_kl.py --be {args.out}")
+    print(f"wrote {args.out}\nnext: python eval_kl.py --be {args.out}", flush=True)
     if world > 1:
-        torch.distributed.barrier()                         # before Python ends: gloo's threads may hold tensors
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+        os._exit(0)                 # Python's own end aborts where one of gloo's threads still holds a tensor
 
 
 if __name__ == "__main__":
