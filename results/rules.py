@@ -150,10 +150,10 @@ def main():
     rows = [json.loads(line) for line in beside(queries).read_text(encoding="utf-8").splitlines()]
     if args.held_out:
         held = [be.get("trained_on", [])[:be["metrics"].get("n", 0)] for be in artifacts.values()]
-        asked = {frozenset(chat[-1]["content"] for chat in chats) for chats in held}
-        if len(asked) != 1 or not min(asked):
+        asked = [{chat[-1]["content"] for chat in chats} for chats in held]
+        if not asked or not asked[0] or any(other != asked[0] for other in asked):
             fail("--held-out: expected --be with artifacts of stage 2 that hold out the same queries: of one --seed")
-        rows = [row for row in rows if row["query"] in min(asked)]
+        rows = [row for row in rows if row["query"] in asked[0]]
     rows = rows[:args.n]
     out.parent.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_frozen(args.model)
