@@ -56,8 +56,8 @@ def beside(path):
 
 
 def load_frozen(name, device="auto"):
-    """The frozen chat model, bf16 where the hardware multiplies it, and its tokenizer. name: hub name or folder. Exits
-    with one line unless it is a whole Llama, Qwen2 or Qwen3 chat model with full attention in every layer."""
+    """The frozen chat model, bf16 on CUDA and on CPUs that multiply it, and its tokenizer. name: hub name or folder.
+    Exits with one line unless it is a whole Llama, Qwen2 or Qwen3 chat model with full attention in every layer."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     native = device == "cuda" or device == "cpu" and torch.cpu._is_avx512_bf16_supported()
@@ -82,9 +82,9 @@ def load_frozen(name, device="auto"):
     except Exception as e:                                  # broken folders raise many types; each means the same
         fail(f"--model {name} on {device}: no Llama or Qwen chat model: {e}; for the default: python models/prepare.py")
     flash = device == "cuda" and torch.cuda.is_bf16_supported(False) and transformers.utils.is_flash_attn_2_available()
-    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask, and no older card
+    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn takes no mask, and no older card
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
-    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's is in longest
+    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's: in longest
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     sample = [key.encode() + w.flatten()[::997].bfloat16().view(torch.int16).cpu().numpy().tobytes()
               for key, w in model.named_parameters()]
@@ -114,14 +114,14 @@ def text_ids(tokenizer, text):
 def chat_ids(tokenizer, messages, generate=True):
     """A dialogue in the model's own template, up to where the assistant speaks. A content is text, or ids such as the
     slot [-1]: the template is rendered with a mark in the place of each, and cut at the marks."""
+    contents = [m["content"] for m in messages]
     turns = [m | {"content": "\ue000"} for m in messages]                            # a character that no template has
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, **TEMPLATE)
-    between = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("\ue000")]
-    ids = between[0]
-    for m, after in zip(messages, between[1:]):
-        ids = ids + (text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]) + after
+    ids, *between = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("\ue000")]
+    for content, after in zip(contents, between):
+        ids = ids + (text_ids(tokenizer, content) if isinstance(content, str) else content) + after
     if len(ids) > tokenizer.model_max_length:
-        fail(f"expected at most {tokenizer.model_max_length} tokens, with room to answer, found {len(ids)}; shorten it")
+        fail(f"at most {tokenizer.model_max_length} tokens fit, not {len(ids)}; shorten {max(contents, key=len)!r:.40}")
     return ids
 # --- end shared -------------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ def pack(rows, n):
 
 def read(model, learned, ids, positions, owners, cache=None):
     """The last t ids of a pack with owners (T,); those before are in the cache, which these join. Each sees the shared
-    beginning and its own row, up to itself -> their last hidden states (t, d). By place: the names change."""
+    beginning and its own row, up to itself -> their last hidden states (t, d). By place: transformers renames these."""
     see = ((owners == -1) | (owners == owners[-len(ids):, None])).tril(len(owners) - len(ids))          # (t, T)
     mask = torch.where(see, 0.0, torch.finfo(model.dtype).min).to(model.device, model.dtype)[None, None]
     embeds, positions = embed(model, ids[None].to(model.device), learned), positions[None].to(model.device)
@@ -246,7 +246,7 @@ def main():
         fail(f"{kept}: expected the answers of an earlier run, or a place for new ones: {e}; give another --out")
     model, tokenizer = load_frozen(args.model, args.device)
     weight, ends = model.get_output_embeddings().weight, model.generation_config.eos_token_id
-    maker = f"python stage2_kd.py --model {args.model}, with the role's --prompt and --out"
+    maker = f"python stage2_kd.py --model {args.model}, with the role's --prompt and --out; or give its --model"
     tokenizer.model_max_length -= args.max_new_tokens       # so that chat_ids leaves room for the answer
     artifacts = {role: load(path, "be", maker, model) for role, (path, _, _) in roles.items()}
     scorer = RougeScorer(["rougeL"], tokenizer=types.SimpleNamespace(tokenize=lambda text: WORD.findall(text.lower())))

@@ -45,8 +45,8 @@ def beside(path):
 
 
 def load_frozen(name, device="auto"):
-    """The frozen chat model, bf16 where the hardware multiplies it, and its tokenizer. name: hub name or folder. Exits
-    with one line unless it is a whole Llama, Qwen2 or Qwen3 chat model with full attention in every layer."""
+    """The frozen chat model, bf16 on CUDA and on CPUs that multiply it, and its tokenizer. name: hub name or folder.
+    Exits with one line unless it is a whole Llama, Qwen2 or Qwen3 chat model with full attention in every layer."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     native = device == "cuda" or device == "cpu" and torch.cpu._is_avx512_bf16_supported()
@@ -71,9 +71,9 @@ def load_frozen(name, device="auto"):
     except Exception as e:                                  # broken folders raise many types; each means the same
         fail(f"--model {name} on {device}: no Llama or Qwen chat model: {e}; for the default: python models/prepare.py")
     flash = device == "cuda" and torch.cuda.is_bf16_supported(False) and transformers.utils.is_flash_attn_2_available()
-    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask, and no older card
+    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn takes no mask, and no older card
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
-    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's is in longest
+    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's: in longest
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     sample = [key.encode() + w.flatten()[::997].bfloat16().view(torch.int16).cpu().numpy().tobytes()
               for key, w in model.named_parameters()]
@@ -103,14 +103,14 @@ def text_ids(tokenizer, text):
 def chat_ids(tokenizer, messages, generate=True):
     """A dialogue in the model's own template, up to where the assistant speaks. A content is text, or ids such as the
     slot [-1]: the template is rendered with a mark in the place of each, and cut at the marks."""
+    contents = [m["content"] for m in messages]
     turns = [m | {"content": "\ue000"} for m in messages]                            # a character that no template has
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, **TEMPLATE)
-    between = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("\ue000")]
-    ids = between[0]
-    for m, after in zip(messages, between[1:]):
-        ids = ids + (text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]) + after
+    ids, *between = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("\ue000")]
+    for content, after in zip(contents, between):
+        ids = ids + (text_ids(tokenizer, content) if isinstance(content, str) else content) + after
     if len(ids) > tokenizer.model_max_length:
-        fail(f"expected at most {tokenizer.model_max_length} tokens, with room to answer, found {len(ids)}; shorten it")
+        fail(f"at most {tokenizer.model_max_length} tokens fit, not {len(ids)}; shorten {max(contents, key=len)!r:.40}")
     return ids
 # --- end shared -------------------------------------------------------------------------------
 
@@ -138,7 +138,7 @@ def main():
     maker = "python stage1_recon.py --prompt p.txt, then python stage2_kd.py --prompt p.txt"
     artifact = load(args.be, "be", maker)
     model, tokenizer = load_frozen(args.model or artifact["model"]["name"], args.device)
-    load(args.be, "be", maker, model)
+    load(args.be, "be", maker, model)                   # made for these weights?
     model.set_attn_implementation(model.long_rows)
     be = artifact["vector"].to(model.device)                                                        # (k, d) fp32
     slot = [-1 - i for i in range(len(be))]
@@ -151,6 +151,7 @@ def main():
     if args.max_new_tokens >= tokenizer.model_max_length:
         fail(f"--max-new-tokens {args.max_new_tokens}: the model's context is {tokenizer.model_max_length} in all")
     tokenizer.model_max_length -= args.max_new_tokens       # so that chat_ids leaves room for the answer
+    model.generate(inputs_embeds=be[None].to(model.dtype), max_new_tokens=1)        # a GPU's first call is its slowest
     streamer = transformers.TextStreamer(tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     chat = []

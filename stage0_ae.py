@@ -54,8 +54,8 @@ def beside(path):
 
 
 def load_frozen(name, device="auto"):
-    """The frozen chat model, bf16 where the hardware multiplies it, and its tokenizer. name: hub name or folder. Exits
-    with one line unless it is a whole Llama, Qwen2 or Qwen3 chat model with full attention in every layer."""
+    """The frozen chat model, bf16 on CUDA and on CPUs that multiply it, and its tokenizer. name: hub name or folder.
+    Exits with one line unless it is a whole Llama, Qwen2 or Qwen3 chat model with full attention in every layer."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     native = device == "cuda" or device == "cpu" and torch.cpu._is_avx512_bf16_supported()
@@ -80,9 +80,9 @@ def load_frozen(name, device="auto"):
     except Exception as e:                                  # broken folders raise many types; each means the same
         fail(f"--model {name} on {device}: no Llama or Qwen chat model: {e}; for the default: python models/prepare.py")
     flash = device == "cuda" and torch.cuda.is_bf16_supported(False) and transformers.utils.is_flash_attn_2_available()
-    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask, and no older card
+    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn takes no mask, and no older card
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
-    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's is in longest
+    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's: in longest
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     sample = [key.encode() + w.flatten()[::997].bfloat16().view(torch.int16).cpu().numpy().tobytes()
               for key, w in model.named_parameters()]
@@ -112,14 +112,14 @@ def text_ids(tokenizer, text):
 def chat_ids(tokenizer, messages, generate=True):
     """A dialogue in the model's own template, up to where the assistant speaks. A content is text, or ids such as the
     slot [-1]: the template is rendered with a mark in the place of each, and cut at the marks."""
+    contents = [m["content"] for m in messages]
     turns = [m | {"content": "\ue000"} for m in messages]                            # a character that no template has
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, **TEMPLATE)
-    between = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("\ue000")]
-    ids = between[0]
-    for m, after in zip(messages, between[1:]):
-        ids = ids + (text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]) + after
+    ids, *between = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("\ue000")]
+    for content, after in zip(contents, between):
+        ids = ids + (text_ids(tokenizer, content) if isinstance(content, str) else content) + after
     if len(ids) > tokenizer.model_max_length:
-        fail(f"expected at most {tokenizer.model_max_length} tokens, with room to answer, found {len(ids)}; shorten it")
+        fail(f"at most {tokenizer.model_max_length} tokens fit, not {len(ids)}; shorten {max(contents, key=len)!r:.40}")
     return ids
 # --- end shared -------------------------------------------------------------------------------
 
@@ -215,7 +215,7 @@ def main():
     if args.resume and Path(args.out).exists():
         saved = load(args.out, "ae", f"{sys.argv[0]}, without --resume", model)
         if saved["config"] | {"resume": True} != vars(args) or "run" not in saved:
-            fail(f"--resume: {args.out} holds no run of these settings; give the same ones, or a new --out")
+            fail(f"--resume: {args.out} holds no run of these settings; give the same, a new --out, or no --resume")
         first, best, history = saved["run"]["step"], saved["run"]["best"], saved["history"]
         ae.data.copy_(saved["run"]["ae"])
         optimizer.load_state_dict(saved["run"]["optimizer"])
@@ -251,9 +251,9 @@ def main():
     for name, fed, vector in [("[AE]", slot, best["vector"]), ("noise", slot, noise), ("no trigger", [], noise)]:
         loss, right = held_out_scores(fed, vector.to(mean))
         print(f"{name:15s} {loss:.3f} nats a token, {right:.1%} of tokens right, n = {len(held)} held-out texts")
-    print(f"wrote {args.out}\nnext: python stage1_recon.py --model {args.model} --ae {args.out} --prompt PROMPT.txt")
+    print(f"wrote {args.out}\nnext: python stage1_recon.py --model {args.model} --ae {args.out} --prompt P", flush=True)
     if world > 1:
-        torch.distributed.destroy_process_group()           # before Python ends: its threads may hold tensors
+        os._exit(0)                 # Python's own end aborts where one of gloo's threads still holds a tensor
 
 
 if __name__ == "__main__":

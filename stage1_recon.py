@@ -50,8 +50,8 @@ def beside(path):
 
 
 def load_frozen(name, device="auto"):
-    """The frozen chat model, bf16 where the hardware multiplies it, and its tokenizer. name: hub name or folder. Exits
-    with one line unless it is a whole Llama, Qwen2 or Qwen3 chat model with full attention in every layer."""
+    """The frozen chat model, bf16 on CUDA and on CPUs that multiply it, and its tokenizer. name: hub name or folder.
+    Exits with one line unless it is a whole Llama, Qwen2 or Qwen3 chat model with full attention in every layer."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     native = device == "cuda" or device == "cpu" and torch.cpu._is_avx512_bf16_supported()
@@ -76,9 +76,9 @@ def load_frozen(name, device="auto"):
     except Exception as e:                                  # broken folders raise many types; each means the same
         fail(f"--model {name} on {device}: no Llama or Qwen chat model: {e}; for the default: python models/prepare.py")
     flash = device == "cuda" and torch.cuda.is_bf16_supported(False) and transformers.utils.is_flash_attn_2_available()
-    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask, and no older card
+    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn takes no mask, and no older card
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
-    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's is in longest
+    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's: in longest
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     sample = [key.encode() + w.flatten()[::997].bfloat16().view(torch.int16).cpu().numpy().tobytes()
               for key, w in model.named_parameters()]
@@ -108,14 +108,14 @@ def text_ids(tokenizer, text):
 def chat_ids(tokenizer, messages, generate=True):
     """A dialogue in the model's own template, up to where the assistant speaks. A content is text, or ids such as the
     slot [-1]: the template is rendered with a mark in the place of each, and cut at the marks."""
+    contents = [m["content"] for m in messages]
     turns = [m | {"content": "\ue000"} for m in messages]                            # a character that no template has
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, **TEMPLATE)
-    between = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("\ue000")]
-    ids = between[0]
-    for m, after in zip(messages, between[1:]):
-        ids = ids + (text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]) + after
+    ids, *between = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("\ue000")]
+    for content, after in zip(contents, between):
+        ids = ids + (text_ids(tokenizer, content) if isinstance(content, str) else content) + after
     if len(ids) > tokenizer.model_max_length:
-        fail(f"expected at most {tokenizer.model_max_length} tokens, with room to answer, found {len(ids)}; shorten it")
+        fail(f"at most {tokenizer.model_max_length} tokens fit, not {len(ids)}; shorten {max(contents, key=len)!r:.40}")
     return ids
 # --- end shared -------------------------------------------------------------------------------
 
@@ -179,9 +179,9 @@ def main():
     body, weight = model.get_decoder(), model.get_output_embeddings().weight                        # weight (V, d)
     table = model.get_input_embeddings().weight             # [BE] lives among these rows
     mean, std, lr = table.float().mean(0), table.float().std(0), args.lr or 0.22 * table.float().std().item()
-    ae = mean.new_zeros(0, len(mean))                       # (0, d): no trigger
+    ae = mean.new_zeros(0, len(mean))                       # (0, d): no trigger; else (1, d)
     if args.ae != "none":
-        ae = load(args.ae, "ae", f"python stage0_ae.py --model {args.model}", model)["vector"].to(mean)     # (1, d)
+        ae = load(args.ae, "ae", f"python stage0_ae.py --model {args.model}, then --ae", model)["vector"].to(mean)
 
     # what stands before a system message in a chat, then [BE] [AE] P: attention looks back only, so with the same words
     # before it [BE] has the very keys and values here that it will have there. s_m is predicted and never read
@@ -199,7 +199,7 @@ def main():
     if args.resume and Path(args.out).exists():
         saved = load(args.out, "be", f"{sys.argv[0]}, without --resume", model)
         if saved["messages"] != messages or saved["config"] | {"resume": True} != vars(args) or "run" not in saved:
-            fail(f"--resume: {args.out} holds no run of these settings; give the same ones, or a new --out")
+            fail(f"--resume: {args.out} holds no run of these settings; give the same, a new --out, or no --resume")
         first, best, history = saved["run"]["step"], saved["run"]["best"], saved["history"]
         be.data.copy_(saved["run"]["be"])
         optimizer.load_state_dict(saved["run"]["optimizer"])

@@ -61,8 +61,8 @@ def beside(path):
 
 
 def load_frozen(name, device="auto"):
-    """The frozen chat model, bf16 where the hardware multiplies it, and its tokenizer. name: hub name or folder. Exits
-    with one line unless it is a whole Llama, Qwen2 or Qwen3 chat model with full attention in every layer."""
+    """The frozen chat model, bf16 on CUDA and on CPUs that multiply it, and its tokenizer. name: hub name or folder.
+    Exits with one line unless it is a whole Llama, Qwen2 or Qwen3 chat model with full attention in every layer."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     native = device == "cuda" or device == "cpu" and torch.cpu._is_avx512_bf16_supported()
@@ -87,9 +87,9 @@ def load_frozen(name, device="auto"):
     except Exception as e:                                  # broken folders raise many types; each means the same
         fail(f"--model {name} on {device}: no Llama or Qwen chat model: {e}; for the default: python models/prepare.py")
     flash = device == "cuda" and torch.cuda.is_bf16_supported(False) and transformers.utils.is_flash_attn_2_available()
-    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn knows no mask, and no older card
+    model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn takes no mask, and no older card
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
-    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's is in longest
+    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's: in longest
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     sample = [key.encode() + w.flatten()[::997].bfloat16().view(torch.int16).cpu().numpy().tobytes()
               for key, w in model.named_parameters()]
@@ -119,14 +119,14 @@ def text_ids(tokenizer, text):
 def chat_ids(tokenizer, messages, generate=True):
     """A dialogue in the model's own template, up to where the assistant speaks. A content is text, or ids such as the
     slot [-1]: the template is rendered with a mark in the place of each, and cut at the marks."""
+    contents = [m["content"] for m in messages]
     turns = [m | {"content": "\ue000"} for m in messages]                            # a character that no template has
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, **TEMPLATE)
-    between = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("\ue000")]
-    ids = between[0]
-    for m, after in zip(messages, between[1:]):
-        ids = ids + (text_ids(tokenizer, m["content"]) if isinstance(m["content"], str) else m["content"]) + after
+    ids, *between = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in text.split("\ue000")]
+    for content, after in zip(contents, between):
+        ids = ids + (text_ids(tokenizer, content) if isinstance(content, str) else content) + after
     if len(ids) > tokenizer.model_max_length:
-        fail(f"expected at most {tokenizer.model_max_length} tokens, with room to answer, found {len(ids)}; shorten it")
+        fail(f"at most {tokenizer.model_max_length} tokens fit, not {len(ids)}; shorten {max(contents, key=len)!r:.40}")
     return ids
 # --- end shared -------------------------------------------------------------------------------
 
@@ -190,7 +190,7 @@ def pack(rows, n):
 
 def read(model, learned, ids, positions, owners, cache=None):
     """The last t ids of a pack with owners (T,); those before are in the cache, which these join. Each sees the shared
-    beginning and its own row, up to itself -> their last hidden states (t, d). By place: the names change."""
+    beginning and its own row, up to itself -> their last hidden states (t, d). By place: transformers renames these."""
     see = ((owners == -1) | (owners == owners[-len(ids):, None])).tril(len(owners) - len(ids))          # (t, T)
     mask = torch.where(see, 0.0, torch.finfo(model.dtype).min).to(model.device, model.dtype)[None, None]
     embeds, positions = embed(model, ids[None].to(model.device), learned), positions[None].to(model.device)
@@ -261,7 +261,7 @@ def read_queries(path):
             chats[json.dumps(turns)] = turns
     except Exception as e:                                  # each of many types means the same
         fail(f"{where}: expected in a .txt a text in UTF-8, else JSON rows: a question, query, instruction or messages "
-             f"that end with the user's; found {e!r:.150}; for some: python queries.py --prompt P --seed 1 --out Q.txt")
+             f"that end with the user's; found {e!r:.150}; for some: python queries.py --prompt P --out {path}")
     return list(chats.values())
 # --- end shared -------------------------------------------------------------------------------
 
@@ -301,8 +301,8 @@ def main():
     train = range(len(held), len(chats))
     counts = args.k, args.steps, args.batch, args.recon_every, args.eval_every, args.answer_tokens
     if min(counts) < 1 or not args.tau > 0 or not 0 <= args.lam <= 1 or len(train) < args.batch or args.batch % world:
-        fail(f"expected all counts and --tau above 0, --lam 0 to 1, --batch {args.batch} a multiple of {world}, and no "
-             f"more than the queries to train on, {len(train)} after {len(held)} held out; mend that, or add queries")
+        fail(f"{len(train)} queries to train on, {len(held)} held out: expected at least --batch {args.batch}, a "
+             f"multiple of {world}; --lam 0 to 1; --tau and all counts above 0; mend that, or add queries")
     if Path(args.init) == Path(args.out) or args.init == "noise" and args.lam < 1:
         fail(f"--init {args.init}: expected another file than --out; with noise, which has no [AE], --lam 1")
     if rank == 0:
@@ -314,20 +314,20 @@ def main():
 
     # the one trained tensor: it starts from stage 1, or from noise at the scale of the embedding table
     torch.manual_seed(args.seed)
-    start, ae = mean + std * torch.randn(args.k, len(mean)).to(mean), mean.new_zeros(0, len(mean))      # (k, d) fp32
+    start, ae, stage1 = mean + std * torch.randn(args.k, len(mean)).to(mean), mean.new_zeros(0, len(mean)), {}  # (k, d)
     if args.init != "noise":
         stage1 = load(args.init, "be", f"python stage1_recon.py --prompt {args.prompt} --model {args.model}", model)
         if stage1["messages"] != messages or args.k not in (1, len(stage1["vector"])):
-            fail(f"{args.init}: of another prompt or --k; python stage1_recon.py --prompt {args.prompt} --k {args.k}")
+            fail(f"{args.init}: of another prompt or k; stage1_recon.py --prompt {args.prompt} --k {args.k} makes this")
         start, ae = stage1["vector"].to(mean), stage1["ae"].to(mean)
     be = torch.nn.Parameter(start.clone())                                                              # (k, d) fp32
     optimizer = torch.optim.AdamW([be], betas=(0.9, 0.95), weight_decay=0)
     first, best, history = 0, None, []
     if args.resume and Path(args.out).exists():
         saved = load(args.out, "be", f"{sys.argv[0]}, without --resume", model)
-        asked = saved["messages"], saved.get("trained_on"), saved["config"] | {"resume": True}
-        if asked != (messages, chats, vars(args)) or "run" not in saved or saved["vector"].shape != be.shape:
-            fail(f"--resume: {args.out} holds no run of these settings; give the same ones, or a new --out")
+        asked = saved["messages"], saved.get("trained_on"), saved.get("stage1"), saved["config"] | {"resume": True}
+        if asked != (messages, chats, stage1.get("metrics"), vars(args)) or "run" not in saved:
+            fail(f"--resume: {args.out} holds no run of these settings; give the same, a new --out, or no --resume")
         first, best, history = saved["run"]["step"], saved["run"]["best"], saved["history"]
         be.data.copy_(saved["run"]["be"])
         optimizer.load_state_dict(saved["run"]["optimizer"])
@@ -396,7 +396,7 @@ def main():
             save(args.out, kind="be", stage="kd", vector=best["vector"].cpu(), messages=messages, tokens=len(s),
                  ae=ae.cpu(), model={"name": args.model, "fingerprint": model.fingerprint},
                  metrics={"held-out KL": best["kl"], "no prompt": no_prompt, "n": len(held)},
-                 config=vars(args), history=history, trained_on=chats, run=run)
+                 config=vars(args), history=history, trained_on=chats, stage1=stage1.get("metrics"), run=run)
         bar.set_postfix(L_KD=f"{kd.item():.3f}", held_out_gap_closed=f"{1 - best['kl'] / no_prompt:.3f}")
     print(f"{1 - best['kl'] / no_prompt:.3f} of the held-out gap closed, n = {len(held)}, which chose the vector")
     print(f"wrote {args.out}\nnext: python eval_kl.py --be {args.out}", flush=True)

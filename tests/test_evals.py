@@ -40,6 +40,7 @@ def test_the_numbers_of_a_text(text, expected):
     ("The final answer is 12</think>The final answer is 15", 15),
     ("The final answer is 12. As said, the final answer is what step 3 gave.", 12),
     ("The final answer is 30.00 - 2.00 = $28.00", 28), ("The final answer is 28. I had 30 - 2 = 28 of 40", 28),
+    ("The final answer is 9 eggs * $2 = $18.", 18), ("The final answer is: 3 * 4 = 12", 12),
     ("The final answer is 1'000 apples", 1000), ("The final answer is １８", 18)])
 def test_the_number_that_an_answer_gives(text, expected):
     assert gsm.predicted_number(text) == expected

@@ -157,6 +157,15 @@ def test_a_killed_run_goes_on_bit_for_bit(case, whole, monkeypatch):
         assert same(opened("killed/x.pt"), expected)
 
 
+def test_stage_2_does_not_go_on_from_another_stage_1(checkpoints, vectors, work):
+    shutil.copytree(vectors, "out")
+    model = ["--model", checkpoints["smol"], *TINY]
+    assert main("stage2_kd", *P, *STAGE2, *model).code == 0
+    assert main("stage1_recon", *P, *STAGE1, *model, "--steps", 2, "--out", "out/recon.pt").code == 0
+    r = main("stage2_kd", *P, *STAGE2, *model, "--resume")
+    assert r.code == 2 and "or no --resume" in r.err, r.err
+
+
 def test_a_step_of_stage_2_has_the_gradient_of_the_whole_loss(checkpoints, vectors, work, smol, monkeypatch):
     """L = (1 - lambda) L_recon + lambda L_KD, by autograd over plain logits. One step of plain gradient descent shows
     it; as it goes uphill, the vector kept is the one before it."""

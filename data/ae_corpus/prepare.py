@@ -4,7 +4,7 @@
     python data/ae_corpus/prepare.py --offline    # what lies on this machine: READMEs and docstrings of packages
     python data/ae_corpus/prepare.py --offline --extra data/gsm8k                   # and rows of .jsonl files
 """
-import argparse, ast, importlib.metadata, importlib.util, json, os, random, re, sysconfig
+import argparse, ast, importlib.metadata, importlib.util, json, os, random, re, sysconfig, warnings
 from pathlib import Path
 
 from tqdm import tqdm
@@ -31,6 +31,7 @@ def readmes():
 
 def docstrings():
     """Those of modules, classes and functions of the standard library and the installed packages."""
+    warnings.simplefilter("ignore")                             # ast.parse tells of each odd escape that it meets
     for name in ("stdlib", "purelib"):
         for path in tqdm(sorted(Path(sysconfig.get_path(name)).rglob("*.py"))[:20_000], desc=name):
             try:

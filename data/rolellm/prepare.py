@@ -30,9 +30,10 @@ def write(path, texts):
     lines = dict.fromkeys(" ".join(text.split()) for text in texts)
     text = "".join(line + "\n" for line in lines)
     if Path(path).exists() and Path(path).read_text(encoding="utf-8") != text:
-        raise FileExistsError(f"{path} holds something else, which stays; move it away first")
-    Path(f"{path}.tmp").write_text(text, encoding="utf-8")
-    os.replace(f"{path}.tmp", path)
+        print(f"{path} stays: it holds something else than RoleBench; move it away for that")
+    else:
+        Path(f"{path}.tmp").write_text(text, encoding="utf-8")
+        os.replace(f"{path}.tmp", path)
     return len(lines)
 
 
