@@ -78,7 +78,7 @@ def load_frozen(name, device="auto"):
     flash = device == "cuda" and torch.cuda.is_bf16_supported(False) and transformers.utils.is_flash_attn_2_available()
     model.long_rows = "flash_attention_2" if flash else "sdpa"          # flash-attn takes no mask, and no older card
     model.generation_config.eos_token_id, rope, longest = ends, config.rope_parameters, config.max_position_embeddings
-    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's: in longest
+    factor = rope["factor"] if rope["rope_type"] in ("linear", "dynamic", "yarn") else 1    # llama3's is in longest
     tokenizer.model_max_length = max(longest, int(factor * (rope.get("original_max_position_embeddings") or longest)))
     sample = [key.encode() + w.flatten()[::997].bfloat16().view(torch.int16).cpu().numpy().tobytes()
               for key, w in model.named_parameters()]
@@ -181,7 +181,7 @@ def main():
     mean, std, lr = table.float().mean(0), table.float().std(0), args.lr or 0.22 * table.float().std().item()
     ae = mean.new_zeros(0, len(mean))                       # (0, d): no trigger; else (1, d)
     if args.ae != "none":
-        ae = load(args.ae, "ae", f"python stage0_ae.py --model {args.model}, then --ae", model)["vector"].to(mean)
+        ae = load(args.ae, "ae", f"python stage0_ae.py --model {args.model}, and give --ae", model)["vector"].to(mean)
 
     # what stands before a system message in a chat, then [BE] [AE] P: attention looks back only, so with the same words
     # before it [BE] has the very keys and values here that it will have there. s_m is predicted and never read

@@ -45,7 +45,7 @@ def test_a_chat_keeps_its_turns_on_any_terminal_and_goes_on_after_a_message_that
     r = subprocess.run(command, input=typed, capture_output=True, cwd=work, timeout=300,
                        env=os.environ | {"PYTHONIOENCODING": "ascii"})
     out, err = r.stdout.decode("ascii"), r.stderr.decode()
-    assert r.returncode == 0 and "Traceback" not in err and "shorten" in err, err
+    assert r.returncode == 0 and "Traceback" not in err and "tokens fit, not 3" in err and "shorten 'xxx" in err, err
     fed = [int(n) for n in re.findall(r"(\d+) tokens fed", out)]
     assert len(fed) == 4 and fed == sorted({*fed}) and fed[-1] < 1000
 
